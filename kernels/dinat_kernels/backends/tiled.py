@@ -1,0 +1,401 @@
+"""The "torch" backend: tiled neighborhood attention in plain PyTorch, for any device and dtype.
+
+Every axis is cut into tiles: runs of `T` neighboring query positions of one dilation group, together with the `R` key
+positions that contain all their windows.  A multi-dimensional tile is the product of one tile per axis.  Attention is then a
+batched matrix product between the queries and the keys of a tile, with one additive tensor that holds the relative position
+bias and minus infinity where a key is out of a query's window.  Work and memory are linear in the number of tokens.
+
+`T` is chosen per axis by a cost model; it covers the special cases by itself: with `kernel_size * dilation == length` a tile
+is a whole dilation group, needs no mask, and this is plain attention on blocks; on a small map one tile is the whole map.
+
+Only the logits of one chunk of tiles exist at a time, in the backward pass too, which recomputes them from `lse`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..geometry import Neighborhood, group_length, visible_range
+
+# Logits of a chunk: 1 M entries, 4 MB in float32.  Larger chunks leave the cache and page-fault on every allocation.
+_CHUNK = 1 << 20
+# Gathering one key row costs about as much as 64 multiply-adds rows of a tile's matrix product (measured on AVX-512, k = 7).
+_GATHER_COST = 64
+
+
+class _Axis(NamedTuple):
+    """Tiles of one axis, as host index arrays.  `n` tiles of `T` queries and `R` keys, `kinds` distinct patterns."""
+
+    query: np.ndarray  # (n, T) token of each query slot; slots may repeat a token, never miss one
+    key: np.ndarray  # (n, R) token of each key slot
+    entry: np.ndarray  # (kinds, T, R) bias table entry of a (query, key) pair; 2k - 1 where the key is not visible
+    kind: np.ndarray  # (n,) pattern of each tile
+    slot: np.ndarray  # (length,) where token i is found in the flattened (n, T) slots
+
+
+def _axis_windows(length: int, k: int, d: int, s: int, causal: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    groups = (group_length(length, d, g) for g in range(d))
+    return [visible_range(np.arange(n), n, k, s, causal) for n in groups]
+
+
+def _tile_starts(n: int, tile: int) -> np.ndarray:
+    """Tiles cover 0..n-1; the last one is moved back to end at the border, so it may overlap its neighbor."""
+    return np.minimum(np.arange(0, n, tile), n - tile)
+
+
+def _key_span(windows: list[tuple[np.ndarray, np.ndarray]], tile: int) -> int:
+    """The largest number of keys that a tile of `tile` queries needs."""
+    spans = []
+    for start, end in windows:
+        first = _tile_starts(len(start), tile)
+        spans.append(int((end[first + tile - 1] - start[first]).max()))
+    return max(spans)
+
+
+def _make_axis(length: int, k: int, d: int, s: int, causal: bool, tile: int) -> _Axis:
+    windows = _axis_windows(length, k, d, s, causal)
+    span = _key_span(windows, tile)
+    query, key, entry = [], [], []
+    slot = np.empty(length, dtype=np.int64)
+    for group, (start, end) in enumerate(windows):
+        n = len(start)
+        for first in _tile_starts(n, tile):
+            q = first + np.arange(tile)
+            begin = max(0, min(start[first], n - span))
+            j = begin + np.arange(span)  # in the smallest groups this may run past the end: never visible there
+            visible = (start[q, None] <= j) & (j < end[q, None])
+            entry.append(np.where(visible, j - q[:, None] + k - 1, 2 * k - 1))
+            slot[q * d + group] = len(query) * tile + np.arange(tile)
+            query.append(q * d + group)
+            key.append(np.minimum(j, n - 1) * d + group)
+    patterns, kind = np.unique(np.stack(entry), axis=0, return_inverse=True)
+    return _Axis(np.stack(query), np.stack(key), patterns, kind.reshape(-1), slot)
+
+
+def _choose_tiles(spatial: tuple[int, ...], window: Neighborhood) -> tuple[int, ...]:
+    """The tile size per axis that minimizes (keys gathered) x (queries that use each of them + cost of the gather)."""
+    candidates = []
+    for length, k, d, s, causal in zip(spatial, *window, strict=True):
+        windows = _axis_windows(length, k, d, s, causal)
+        shortest, longest = length // d, group_length(length, d, 0)
+        sizes = sorted({min(-(-longest // parts), shortest) for parts in range(1, longest + 1)})
+        costs = []
+        for tile in sizes[:32]:  # sizes beyond this are pointless, except the whole group
+            costs.append((tile, sum(-(-len(w[0]) // tile) for w in windows) * _key_span(windows, tile)))
+        if shortest not in sizes[:32]:
+            costs.append((shortest, sum(-(-len(w[0]) // shortest) for w in windows) * _key_span(windows, shortest)))
+        # Only sizes that beat all smaller ones on keys gathered can win.
+        best = math.inf
+        front = []
+        for tile, keys in costs:
+            if keys < best:
+                best = keys
+                front.append((tile, keys))
+        candidates.append(front)
+
+    def cost(choice: tuple[tuple[int, int], ...]) -> int:
+        return math.prod(keys for _, keys in choice) * (math.prod(tile for tile, _ in choice) + _GATHER_COST)
+
+    return tuple(tile for tile, _ in min(itertools.product(*candidates), key=cost))
+
+
+class _Plan:
+    """Everything about a problem that depends only on the map size and the window."""
+
+    def __init__(self, spatial: tuple[int, ...], window: Neighborhood) -> None:
+        tiles = _choose_tiles(spatial, window)
+        self.spatial, self.window = spatial, window
+        self.axes = [_make_axis(*axis, tile) for *axis, tile in zip(spatial, *window, tiles, strict=True)]
+        self.counts = tuple(len(a.query) for a in self.axes)  # tiles per axis
+        self.query_slots = math.prod(a.query.shape[1] for a in self.axes)  # per tile
+        self.key_slots = math.prod(a.key.shape[1] for a in self.axes)
+        self.kinds = tuple(len(a.entry) for a in self.axes)
+        self.masked = any((a.entry == 2 * k - 1).any() for a, k in zip(self.axes, window.kernel_size, strict=True))
+        self._tensors: dict[tuple, Tensor] = {}
+
+    def tensor(self, name: str, *, device: torch.device, axis: int | None = None) -> Tensor:
+        """The index array `name` (of one axis) as a tensor on `device`, cached."""
+        source = getattr(self if axis is None else self.axes[axis], name)
+        if torch.compiler.is_compiling():  # a traced constant must not outlive its trace
+            return torch.tensor(source, device=device)
+        at = (name, axis, device)
+        if at not in self._tensors:
+            self._tensors[at] = torch.tensor(source, device=device)
+        return self._tensors[at]
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether some token stands in more than one query slot."""
+        return math.prod(self.counts) * self.query_slots > math.prod(self.spatial)
+
+    @cached_property
+    def owner(self) -> np.ndarray:
+        """(tiles, query_slots), float: 1 for the slot that a token's result is taken from, 0 for the others."""
+        owner = np.zeros(math.prod(self.counts) * self.query_slots, dtype=np.float32)
+        owner[self.slot] = 1
+        return owner.reshape(-1, self.query_slots)
+
+    def _flat(self, per_axis: list[np.ndarray]) -> np.ndarray:
+        """Token index in the flattened map of every (tile, slot): (tiles, slots), axis 0 slowest in both."""
+        rank = len(per_axis)
+        flat = np.zeros((1,) * (2 * rank), dtype=np.int64)
+        for a, index in enumerate(per_axis):
+            shape = [1] * (2 * rank)
+            shape[a], shape[rank + a] = index.shape
+            flat = flat * self.spatial[a] + index.reshape(shape)
+        return flat.reshape(math.prod(self.counts), -1)
+
+    @cached_property
+    def query(self) -> np.ndarray:
+        return self._flat([a.query for a in self.axes])
+
+    @cached_property
+    def key(self) -> np.ndarray:
+        return self._flat([a.key for a in self.axes])
+
+    @cached_property
+    def slot(self) -> np.ndarray:
+        """(tokens,): where each token of the map is found in the flattened (tiles, query_slots)."""
+        tile = slot = np.zeros(1, dtype=np.int64)
+        for a, count in zip(self.axes, self.counts, strict=True):
+            size = a.query.shape[1]
+            tile = (tile[:, None] * count + a.slot // size).reshape(-1)
+            slot = (slot[:, None] * size + a.slot % size).reshape(-1)
+        return tile * self.query_slots + slot
+
+    def chunks(self, heads: int, batch: int, limit: int | None) -> tuple[list[slice], list[slice]]:
+        """Rows (tiles of axis 0, each with all tiles of the other axes) and images that make up one chunk of work."""
+        if limit is None:
+            return [slice(0, self.counts[0])], [slice(0, batch)]
+        row = heads * math.prod(self.counts[1:]) * self.query_slots * self.key_slots
+        rows = min(self.counts[0], max(1, limit // row))
+        images = max(1, limit // (row * rows))
+        return _slices(self.counts[0], rows), _slices(max(batch, 1), images)
+
+    def tiles(self, rows: slice) -> slice:
+        """The flattened tiles of `rows`."""
+        per_row = math.prod(self.counts[1:])
+        return slice(rows.start * per_row, rows.stop * per_row)
+
+    def bias(self, rpb: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Bias and mask as one additive tensor, (heads or 1, *kinds, query_slots, key_slots); None if nothing is added."""
+        if rpb is None:
+            if not self.masked:
+                return None
+            rpb = torch.zeros((1, *(2 * k - 1 for k in self.window.kernel_size)), dtype=dtype, device=device)
+        rank = len(self.axes)
+        table = F.pad(rpb.to(dtype), (0, 1) * rank, value=float("-inf"))
+        shape = [table.shape[0]]
+        for a, axis in enumerate(self.axes):
+            table = table.index_select(a + 1, self.tensor("entry", axis=a, device=device).flatten())
+            shape += axis.entry.shape
+        order = [0] + [1 + 3 * a + part for part in range(3) for a in range(rank)]  # kinds, then queries, then keys
+        table = table.view(shape).permute(order)
+        return table.reshape(*table.shape[: rank + 1], self.query_slots, self.key_slots)
+
+    def tile_bias(self, bias: Tensor, rows: slice) -> Tensor:
+        """The additive tensor of the tiles in `rows`: (heads or 1, tiles, query_slots, key_slots)."""
+        for a in range(len(self.axes)):
+            kind = self.tensor("kind", axis=a, device=bias.device)
+            bias = bias.index_select(a + 1, kind[rows] if a == 0 else kind)
+        return bias.flatten(1, len(self.axes))
+
+    def sum_bias_grad(self, grad: Tensor, rows: slice) -> Tensor:
+        """Adjoint of `bias` followed by `tile_bias`: (heads, tiles, query_slots, key_slots) to the table's shape."""
+        rank = len(self.axes)
+        counts = [rows.stop - rows.start, *self.counts[1:]]
+        slots = [a.query.shape[1] for a in self.axes] + [a.key.shape[1] for a in self.axes]
+        grad = grad.view(grad.shape[0], *counts, *slots)
+        grad = grad.permute([0] + [1 + a + part * rank for a in range(rank) for part in range(3)])
+        for a, k in enumerate(self.window.kernel_size):
+            entry = self.tensor("entry", axis=a, device=grad.device)
+            kind = self.tensor("kind", axis=a, device=grad.device)
+            index = entry[kind[rows] if a == 0 else kind].flatten()
+            grad = _sum_into(grad.flatten(a + 1, a + 3), a + 1, index, 2 * k).narrow(a + 1, 0, 2 * k - 1)
+        return grad
+
+    def add_key_grad_(self, total: Tensor, grad: Tensor, rows: slice) -> None:
+        """Add the gradients of key slots, (batch, heads, tiles, key_slots, dim), to `total`, (batch, *spatial, heads, dim)."""
+        rank = len(self.axes)
+        counts = [rows.stop - rows.start, *self.counts[1:]]
+        slots = [a.key.shape[1] for a in self.axes]
+        grad = grad.view(*grad.shape[:2], *counts, *slots, grad.shape[-1])
+        grad = grad.permute([0, 1] + [2 + a + part * rank for a in range(rank) for part in range(2)] + [2 + 2 * rank])
+        for a in reversed(range(1, rank)):
+            index = self.tensor("key", axis=a, device=grad.device).flatten()
+            grad = _sum_into(grad.flatten(2 + 2 * a, 3 + 2 * a), 2 + 2 * a, index, self.spatial[a])
+        index = self.tensor("key", axis=0, device=grad.device)[rows].flatten()
+        total.movedim(-2, 1).index_add_(2, index, grad.flatten(2, 3))
+
+
+def _slices(total: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, total)) for i in range(0, total, step)]
+
+
+def _sum_into(source: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    shape = list(source.shape)
+    shape[dim] = size
+    return source.new_zeros(shape).index_add_(dim, index, source)
+
+
+@lru_cache(maxsize=128)
+def _plan(spatial: tuple[int, ...], window: Neighborhood) -> _Plan:
+    return _Plan(spatial, window)
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """(batch, *spatial, heads, dim) to (batch, kv_heads, heads // kv_heads, tokens, dim), a view."""
+    x = x.flatten(1, -3)
+    return x.unflatten(2, (kv_heads, x.shape[2] // kv_heads)).permute(0, 2, 3, 1, 4)
+
+
+def _gather(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tiles of `x` (batch, kv_heads, group, tokens, dim) at `index` (tiles, slots): (batch, kv_heads, tiles, group * slots, dim).
+
+    The heads of a group follow one another in the slots, so that they share one matrix product with their key head.
+    """
+    x = x.index_select(3, index.flatten()).to(dtype).unflatten(3, index.shape)
+    return x.transpose(2, 3).flatten(3, 4)
+
+
+def _ungather(tiles: Tensor, slot: Tensor, heads: int) -> Tensor:
+    """Undo `_gather` for queries: (batch, kv_heads, tiles, group * slots, dim) to (batch, tokens, heads, dim)."""
+    batch, kv_heads, count, rows, dim = tiles.shape
+    group = heads // kv_heads
+    tiles = tiles.view(batch, kv_heads, count, group, rows // group, dim).permute(0, 2, 4, 1, 3, 5)
+    return tiles.flatten(1, 2).index_select(1, slot).flatten(2, 3)
+
+
+def _group_bias(bias: Tensor, kv_heads: int, heads: int) -> Tensor:
+    """(heads or 1, tiles, slots, keys) to (kv_heads or 1, tiles, group * slots, keys), the layout of the logits."""
+    if bias.shape[0] == 1:
+        return bias.repeat(1, 1, heads // kv_heads, 1)
+    return bias.unflatten(0, (kv_heads, heads // kv_heads)).transpose(1, 2).flatten(2, 3)
+
+
+def _logits(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """(batch, kv_heads, tiles, queries, dim) and (..., keys, dim) to (..., queries, keys)."""
+    logits = query @ key.transpose(-2, -1)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _assemble(grid: list[list[Tensor]]) -> Tensor:
+    """Join chunks, one list of image chunks for every chunk of rows."""
+    rows = [images[0] if len(images) == 1 else torch.cat(images) for images in grid]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    window: Neighborhood,
+    scale: float,
+    *,
+    dropout_p: float = 0.0,
+    chunk: int | None = _CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """Tiled forward pass; arguments and results as `reference.attention`.
+
+    Built of differentiable operations only, so it can be traced, exported and differentiated by autograd (which then keeps
+    the logits; `attention_backward` does not).
+
+    Args:
+        dropout_p: probability of zeroing an attention weight; the others are scaled by `1 / (1 - dropout_p)`.
+        chunk: the largest number of logits that exist at a time; None computes all at once, with no loop over the batch.
+    """
+    batch, *spatial, heads, _ = query.shape
+    kv_heads, dtype, device = key.shape[-2], _working_dtype(query), query.device
+    plan = _plan(tuple(spatial), window)
+    q, k, v = (_split_heads(x, kv_heads) for x in (query, key, value))
+    bias = plan.bias(rpb, dtype, device)
+    row_chunks, image_chunks = plan.chunks(heads, batch, chunk)
+    outs: list[list[Tensor]] = []
+    lses: list[list[Tensor]] = []
+    for rows in row_chunks:
+        query_index, key_index = (plan.tensor(name, device=device)[plan.tiles(rows)] for name in ("query", "key"))
+        tile_bias = None if bias is None else _group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
+        outs.append([])
+        lses.append([])
+        for images in image_chunks:
+            logits = _logits(
+                _gather(q[images], query_index, dtype) * scale, _gather(k[images], key_index, dtype), tile_bias
+            )
+            lses[-1].append(logits.logsumexp(-1, keepdim=True))
+            weights = F.dropout(logits.softmax(-1), dropout_p) if dropout_p else logits.softmax(-1)
+            outs[-1].append(weights @ _gather(v[images], key_index, dtype))
+    slot = plan.tensor("slot", device=device)
+    out = _ungather(_assemble(outs), slot, heads).to(value.dtype)
+    lse = _ungather(_assemble(lses), slot, heads)
+    return out.reshape(*query.shape[:-1], value.shape[-1]), lse.reshape(query.shape[:-1])
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: Neighborhood,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `attention` with respect to query, key, value and rpb, given those of out and lse."""
+    batch, *spatial, heads, _ = query.shape
+    kv_heads, dtype, device = key.shape[-2], _working_dtype(query), query.device
+    plan = _plan(tuple(spatial), window)
+    q, k, v, grad_o = (_split_heads(x, kv_heads) for x in (query, key, value, grad_out))
+    # d logits = weights * (d weights - delta), where delta = rowsum(d out * out); lse adds its gradient to every logit.
+    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1) - grad_lse
+    row_terms = _split_heads(torch.stack((lse, delta), -1), kv_heads)
+    bias = plan.bias(rpb, dtype, device)
+    owner = plan.tensor("owner", device=device) if plan.overlapping else None
+
+    grad_q: list[list[Tensor]] = []
+    grad_k = torch.zeros(key.shape, dtype=dtype, device=device)
+    grad_v = torch.zeros(value.shape, dtype=dtype, device=device)
+    grad_rpb = None if rpb is None else torch.zeros(rpb.shape, dtype=dtype, device=device)
+    row_chunks, image_chunks = plan.chunks(heads, batch, _CHUNK)
+    for rows in row_chunks:
+        tiles = plan.tiles(rows)
+        query_index, key_index = (plan.tensor(name, device=device)[tiles] for name in ("query", "key"))
+        tile_bias = None if bias is None else _group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
+        grad_q.append([])
+        for images in image_chunks:
+            query_tiles = _gather(q[images], query_index, dtype) * scale
+            key_tiles = _gather(k[images], key_index, dtype)
+            out_tiles = _gather(grad_o[images], query_index, dtype)
+            lse_tiles, delta_tiles = _gather(row_terms[images], query_index, dtype).split(1, -1)
+            weights = _logits(query_tiles, key_tiles, tile_bias).sub_(lse_tiles).exp_()
+            if owner is not None:  # a token in two query slots: only one of them may send gradients
+                weights = weights.unflatten(3, (heads // kv_heads, -1)).mul_(owner[tiles, None, :, None]).flatten(3, 4)
+            grad_logits = out_tiles @ _gather(v[images], key_index, dtype).transpose(-2, -1)
+            grad_logits = grad_logits.sub_(delta_tiles).mul_(weights)
+            grad_q[-1].append((grad_logits @ key_tiles) * scale)
+            plan.add_key_grad_(grad_k[images], grad_logits.transpose(-2, -1) @ query_tiles, rows)
+            plan.add_key_grad_(grad_v[images], weights.transpose(-2, -1) @ out_tiles, rows)
+            if grad_rpb is not None:
+                grad_bias = grad_logits.sum(0).unflatten(2, (heads // kv_heads, -1)).transpose(1, 2).flatten(0, 1)
+                grad_rpb += plan.sum_bias_grad(grad_bias, rows)
+    grad_query = _ungather(_assemble(grad_q), plan.tensor("slot", device=device), heads).reshape(query.shape)
+    return (
+        grad_query.to(query.dtype),
+        grad_k.to(key.dtype),
+        grad_v.to(value.dtype),
+        None if grad_rpb is None else grad_rpb.to(rpb.dtype),
+    )

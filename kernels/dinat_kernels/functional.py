@@ -1,0 +1,182 @@
+"""The public functions: neighborhood attention in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops as _ops  # noqa: F401  registers torch.ops.dinat_kernels
+from .backends import reference, resolve, tiled
+from .geometry import Neighborhood, check_fits, make_neighborhood
+
+Ints = int | Sequence[int]
+Bools = bool | Sequence[bool]
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: Neighborhood) -> None:
+    rank = window.rank
+    layout = f"(batch, {', '.join('XYZ'[:rank])}, heads, dim)"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != rank + 3:
+            raise ValueError(f"{name} must be {rank + 3}-dimensional, {layout}, got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if x.dtype != query.dtype or x.device != query.device:
+            raise ValueError(
+                f"{name} must have the dtype and device of query, {query.dtype} on {query.device}, "
+                f"got {x.dtype} on {x.device}"
+            )
+        if x.shape[:-2] != query.shape[:-2]:
+            raise ValueError(
+                f"{name} must have the batch and spatial sizes of query, {tuple(query.shape[:-2])}, "
+                f"got {tuple(x.shape[:-2])}"
+            )
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"key must have the head_dim of query, {query.shape[-1]}, got {key.shape[-1]}")
+    if value.shape[-2] != kv_heads:
+        raise ValueError(f"value must have the heads of key, {kv_heads}, got {value.shape[-2]}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"the heads of query must be a multiple of those of key, got {heads} and {kv_heads}")
+    check_fits(window, query.shape[1:-2])
+    if rpb is not None:
+        if any(window.is_causal):
+            raise ValueError(f"rpb cannot be combined with a causal axis, got is_causal={window.is_causal}")
+        expected = (heads, *(2 * k - 1 for k in window.kernel_size))
+        if tuple(rpb.shape) != expected:
+            raise ValueError(f"rpb must have shape (heads, 2 * kernel_size - 1, ...) = {expected}, got {tuple(rpb.shape)}")
+        if not rpb.is_floating_point() or rpb.device != query.device:
+            raise ValueError(f"rpb must be a floating-point tensor on {query.device}, got {rpb.dtype} on {rpb.device}")
+
+
+def _attend(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Ints,
+    dilation: Ints,
+    stride: Ints,
+    is_causal: Bools,
+    scale: float | None,
+    rpb: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
+    device = query.device
+    if torch.is_autocast_enabled(device.type):
+        # The bias keeps its dtype: it is added to float32 logits.
+        query, key, value = (x.to(torch.get_autocast_dtype(device.type)) for x in (query, key, value))
+    _check_tensors(query, key, value, rpb, window)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    name = resolve(backend, device)
+
+    if name == "reference":
+        out, lse = reference.attention(query, key, value, rpb, window, scale)
+    elif name == "torch" and torch.compiler.is_exporting() and _is_static(query):
+        # An exported program is then made of ATen operations alone and runs where dinat_kernels is not installed.
+        out, lse = tiled.attention(query, key, value, rpb, window, scale, chunk=None)
+    else:
+        out, lse = torch.ops.dinat_kernels.attention(query, key, value, rpb, *map(list, window), scale, name)
+    return (out, lse) if return_lse else out
+
+
+def _is_static(query: Tensor) -> bool:
+    return all(isinstance(size, int) for size in query.shape[1:])
+
+
+def na1d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Ints,
+    *,
+    dilation: Ints = 1,
+    stride: Ints = 1,
+    is_causal: Bools = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention over sequences: `na2d` with one spatial axis, tensors (batch, length, heads, dim)."""
+    return _attend(
+        1, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend
+    )
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Ints,
+    *,
+    dilation: Ints = 1,
+    stride: Ints = 1,
+    is_causal: Bools = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention over feature maps.
+
+    Every query attends to the `kernel_size` nearest keys of its dilation group on each axis; at the borders the window
+    shifts inward, so the number of keys stays the same.  Source: Neighborhood Attention Transformer (Hassani et al., CVPR
+    2023, section 3.1), dilation: Dilated Neighborhood Attention Transformer (Hassani & Shi, 2022, section 3.1), stride and
+    causal axes: Generalized Neighborhood Attention (Hassani et al., 2025).
+
+        out = softmax(scale * query @ key + rpb) @ value, over the visible keys
+
+    Args:
+        query: (batch, height, width, heads, head_dim).  Any strides; a view of a packed projection is not copied.
+        key: (batch, height, width, kv_heads, head_dim).  `heads` must be a multiple of `kv_heads`; head h of the query uses
+            head `h // (heads // kv_heads)`.
+        value: (batch, height, width, kv_heads, value_dim).
+        kernel_size: window size in tokens, odd or even, one for all axes or one per axis.  `kernel_size * dilation` must
+            not exceed the axis length.  An even window `2r` has r keys before the query and r - 1 after it.
+        dilation: distance between the tokens of a window, in tokens; one or one per axis.
+        stride: this many neighboring queries share the window of their middle one (the last one on a causal axis), from 1
+            (sliding window) to `kernel_size` (blocks).  The output has the size of the query whatever the stride.
+        is_causal: hide the keys after the query; one or one per axis.
+        scale: factor of the dot products, `head_dim ** -0.5` by default; 0.0 is legal.
+        rpb: relative position bias (heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1), added unscaled.  The entry of a
+            pair is `key position - query position + kernel_size - 1`, in steps of `dilation`.  Not with causal axes.
+        return_lse: also return the logarithm of the softmax denominator; it is differentiable.
+        backend: "reference" (dense, the definition), "torch" (tiled, any device), "triton", or None to choose.  A backend
+            asked for by name never falls back to another.  See `backends()`.
+
+    Returns:
+        out (batch, height, width, heads, value_dim) in the dtype of the inputs; with `return_lse` also lse (batch, height,
+        width, heads), natural logarithm, float32 (float64 for float64 inputs).  Half inputs are accumulated in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or window arguments do not fit together; the message names the argument.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    return _attend(
+        2, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend
+    )
+
+
+def na3d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Ints,
+    *,
+    dilation: Ints = 1,
+    stride: Ints = 1,
+    is_causal: Bools = False,
+    scale: float | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention over volumes: `na2d` with three spatial axes, tensors (batch, depth, height, width, heads, dim)."""
+    return _attend(
+        3, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend
+    )

@@ -1,0 +1,111 @@
+"""Which keys a query sees: the window arithmetic that every backend shares.
+
+Neighborhood attention (Hassani et al., CVPR 2023, section 3.1) with dilation (Hassani & Shi, 2022, section 3.1), and with
+the stride and causal axes of generalized neighborhood attention (Hassani et al., 2025, section 3).  Everything here is per
+axis: the visible set of a multi-dimensional query is the product of its per-axis windows.
+
+An axis of `length` tokens falls into `dilation` groups of every d-th token.  Index `i` has group `i % d` and position `i // d`;
+windows are contiguous ranges of positions within the query's own group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Neighborhood(NamedTuple):
+    """The window of every axis: one entry per spatial axis."""
+
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    stride: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.kernel_size)
+
+
+def _per_axis(name: str, value: int | Sequence[int], rank: int, kind: type) -> tuple:
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(values) != rank or not all(isinstance(v, int) for v in values):
+        raise ValueError(f"{name} must be one {kind.__name__} or {rank} of them (one per axis), got {value!r}")
+    return tuple(kind(v) for v in values)
+
+
+def make_neighborhood(
+    rank: int,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+) -> Neighborhood:
+    """Expand per-axis arguments to `rank` axes and check them.
+
+    Raises:
+        ValueError: an argument has the wrong number of entries, `kernel_size < 1`, `dilation < 1`, or `stride` outside
+            `1 .. kernel_size`.
+    """
+    window = Neighborhood(
+        _per_axis("kernel_size", kernel_size, rank, int),
+        _per_axis("dilation", dilation, rank, int),
+        _per_axis("stride", stride, rank, int),
+        _per_axis("is_causal", is_causal, rank, bool),
+    )
+    for axis, (k, d, s, _) in enumerate(zip(*window, strict=True)):
+        if k < 1:
+            raise ValueError(f"kernel_size must be at least 1, got {k} on axis {axis}")
+        if d < 1:
+            raise ValueError(f"dilation must be at least 1, got {d} on axis {axis}")
+        if not 1 <= s <= k:
+            raise ValueError(f"stride must lie in 1..kernel_size, got stride {s} with kernel_size {k} on axis {axis}")
+    return window
+
+
+def check_fits(window: Neighborhood, spatial: Sequence[int]) -> None:
+    """Raise ValueError unless `kernel_size * dilation <= length` on every axis of a map of size `spatial`."""
+    for axis, (length, k, d) in enumerate(zip(spatial, window.kernel_size, window.dilation, strict=True)):
+        if k * d > length:
+            raise ValueError(
+                f"kernel_size * dilation must not exceed the axis length: kernel_size {k} * dilation {d} = {k * d} "
+                f"> length {length} on axis {axis}. Use a smaller window or dilation, or pad the map."
+            )
+
+
+def group_length(length: int, dilation: int, group: int) -> int:
+    """Number of tokens in a dilation group: `ceil((length - group) / dilation)`."""
+    return -(-(length - group) // dilation)
+
+
+def visible_range(
+    position: np.ndarray, length: int, kernel_size: int, stride: int, is_causal: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and one-past-last visible key position, for query positions in a group of `length` tokens.
+
+    Stride groups of `stride` queries share the window of their leader.  Near a border the window shifts inward, so a query
+    that is not causal always sees exactly `kernel_size` keys; a causal one sees 1 to `kernel_size`, none after itself.
+
+    Both results are monotonic in `position`.
+    """
+    if is_causal:
+        leader = np.minimum(position // stride * stride + stride - 1, length - 1)
+        return np.maximum(leader - kernel_size + 1, 0), position + 1
+    leader = np.minimum(position // stride * stride + stride // 2, length - 1)
+    start = np.clip(leader - kernel_size // 2, 0, length - kernel_size)
+    return start, start + kernel_size
+
+
+def visible_pairs(window: Neighborhood, spatial: Sequence[int]) -> int:
+    """Number of visible (query, key) pairs of one head on a map of size `spatial`."""
+    total = 1
+    for length, k, d, s, causal in zip(spatial, *window, strict=True):
+        pairs = 0
+        for group in range(d) if causal else ():
+            n = group_length(length, d, group)
+            start, end = visible_range(np.arange(n), n, k, s, causal)
+            pairs += int((end - start).sum())
+        total *= pairs if causal else length * k
+    return total

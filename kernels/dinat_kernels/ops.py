@@ -1,0 +1,131 @@
+"""The operator as PyTorch sees it: schema, fake, autograd, vmap and FLOP formulas of one forward and one backward op.
+
+Registered this way it works under torch.compile, torch.export, FX, TorchScript, autocast (see `functional`), torch.func,
+meta tensors and FlopCounterMode, and a new backend changes none of that.  Nothing here imports Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .backends import implementation, resolve
+from .geometry import Neighborhood, visible_pairs
+
+_lib = torch.library.Library("dinat_kernels", "DEF")
+_WINDOW = "int[] kernel_size, int[] dilation, int[] stride, bool[] is_causal, float scale, str backend"
+_lib.define(
+    f"attention(Tensor query, Tensor key, Tensor value, Tensor? rpb, {_WINDOW}) -> (Tensor out, Tensor lse)",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+_lib.define(
+    "attention_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor? rpb, "
+    f"Tensor out, Tensor lse, {_WINDOW}) -> Tensor[]",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+
+
+def _window(
+    kernel_size: Sequence[int], dilation: Sequence[int], stride: Sequence[int], is_causal: Sequence[bool]
+) -> Neighborhood:
+    return Neighborhood(tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal))
+
+
+@torch.library.impl(_lib, "attention", "CompositeExplicitAutograd")
+def _attention(query, key, value, rpb, kernel_size, dilation, stride, is_causal, scale, backend):
+    window = _window(kernel_size, dilation, stride, is_causal)
+    return implementation(resolve(backend or None, query.device)).attention(query, key, value, rpb, window, scale)
+
+
+@torch.library.impl(_lib, "attention_backward", "CompositeExplicitAutograd")
+def _attention_backward(
+    grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, dilation, stride, is_causal, scale, backend
+):
+    window = _window(kernel_size, dilation, stride, is_causal)
+    run = implementation(resolve(backend or None, query.device)).attention_backward
+    grads = run(grad_out, grad_lse, query, key, value, rpb, out, lse, window, scale)
+    return [grad for grad in grads if grad is not None]
+
+
+@torch.library.register_fake("dinat_kernels::attention", lib=_lib)
+def _attention_fake(query, key, value, rpb, *args):
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = value.new_empty((*query.shape[:-1], value.shape[-1]))
+    return out, query.new_empty(query.shape[:-1], dtype=lse_dtype)
+
+
+@torch.library.register_fake("dinat_kernels::attention_backward", lib=_lib)
+def _attention_backward_fake(grad_out, grad_lse, query, key, value, rpb, *args):
+    return [x.new_empty(x.shape) for x in (query, key, value, rpb) if x is not None]
+
+
+def _save_for_backward(ctx, inputs, output):
+    query, key, value, rpb, *ctx.window = inputs
+    ctx.save_for_backward(query, key, value, rpb, *output)
+
+
+def _differentiate(ctx, grad_out, grad_lse):
+    grads = torch.ops.dinat_kernels.attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.window)
+    return (*grads, *[None] * (4 - len(grads)), *[None] * len(ctx.window))
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise RuntimeError(
+        'neighborhood attention has no second derivative. Use backend="reference" if you need one (small maps only).'
+    )
+
+
+torch.library.register_autograd(
+    "dinat_kernels::attention", _differentiate, setup_context=_save_for_backward, lib=_lib
+)
+torch.library.register_autograd("dinat_kernels::attention_backward", _refuse_double_backward, lib=_lib)
+
+
+def _fold_batch(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """Move a vmapped dimension (or a new one, if x has none) to the front and fold it into the batch."""
+    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _vmap_rule(op, tensors: int):
+    """vmap folds into the batch, except over different bias tables and their gradients: these run one by one."""
+
+    def rule(info, in_dims, *args):
+        size = info.batch_size
+        rpb_at = tensors - 1 if op is torch.ops.dinat_kernels.attention else 5
+        rpb = args[rpb_at]
+        is_backward = op is torch.ops.dinat_kernels.attention_backward
+        if rpb is None or (in_dims[rpb_at] is None and not is_backward):
+            folded = [
+                arg if i == rpb_at or not isinstance(arg, Tensor) else _fold_batch(arg, in_dims[i], size)
+                for i, arg in enumerate(args)
+            ]
+            results = op(*folded)
+            return type(results)(r.unflatten(0, (size, -1)) for r in results), type(results)(0 for _ in results)
+        each = [
+            op(*[a if in_dims[j] is None else a.select(in_dims[j], i) for j, a in enumerate(args)])
+            for i in range(size)
+        ]
+        stacked = [torch.stack(parts) for parts in zip(*each, strict=True)]
+        return type(each[0])(stacked), type(each[0])(0 for _ in stacked)
+
+    return rule
+
+
+def _pair_flops(query: Sequence[int], *, inner: int, window: Sequence) -> int:
+    """2 FLOP per multiply-add, of `inner` multiply-adds for each visible (query, key) pair."""
+    batch, *spatial, heads, _ = query
+    return 2 * inner * batch * heads * visible_pairs(_window(*window), spatial)
+
+
+@register_flop_formula(torch.ops.dinat_kernels.attention)
+def _attention_flops(query, key, value, rpb, *args, out_shape=None, **kwargs) -> int:
+    return _pair_flops(query, inner=query[-1] + value[-1], window=args[:4])
+
+
+@register_flop_formula(torch.ops.dinat_kernels.attention_backward)
+def _attention_backward_flops(grad_out, grad_lse, query, key, value, rpb, out, lse, *args, out_shape=None, **kwargs) -> int:
+    return _pair_flops(query, inner=3 * query[-1] + 2 * value[-1], window=args[:4])
