@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops as _ops  # noqa: F401  registers torch.ops.dinat_kernels
-from .backends import reference, resolve, tiled
+from . import ops
+from .impl import reference, resolve, tiled
 from .geometry import Neighborhood, check_fits, make_neighborhood
 
 Ints = int | Sequence[int]
@@ -76,16 +76,18 @@ def _attend(
 
     if name == "reference":
         out, lse = reference.attention(query, key, value, rpb, window, scale)
-    elif name == "torch" and torch.compiler.is_exporting() and _is_static(query):
-        # An exported program is then made of ATen operations alone and runs where dinat_kernels is not installed.
+    elif name == "torch" and _can_inline(query):
+        # The exported program is then made of ATen operations alone and runs where dinat_kernels is not installed.
         out, lse = tiled.attention(query, key, value, rpb, window, scale, chunk=None)
     else:
-        out, lse = torch.ops.dinat_kernels.attention(query, key, value, rpb, *map(list, window), scale, name)
+        out, lse = ops.attention(query, key, value, rpb, *map(list, window), scale, name)
     return (out, lse) if return_lse else out
 
 
-def _is_static(query: Tensor) -> bool:
-    return all(isinstance(size, int) for size in query.shape[1:])
+def _can_inline(query: Tensor) -> bool:
+    """Whether this is a non-strict export with a fixed map size: Dynamo cannot trace the planning, nor can it be symbolic."""
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return exporting and all(isinstance(size, int) for size in query.shape[1:])
 
 
 def na1d(

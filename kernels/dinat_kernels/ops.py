@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backends import implementation, resolve
+from .impl import implementation, resolve
 from .geometry import Neighborhood, visible_pairs
 
 _lib = torch.library.Library("dinat_kernels", "DEF")
@@ -84,35 +84,59 @@ torch.library.register_autograd(
 torch.library.register_autograd("dinat_kernels::attention_backward", _refuse_double_backward, lib=_lib)
 
 
-def _fold_batch(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """Move a vmapped dimension (or a new one, if x has none) to the front and fold it into the batch."""
-    x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.flatten(0, 1)
+class _Attention(torch.autograd.Function):
+    """The same derivative for torch.func: its transforms reject what `register_autograd` generates."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.dinat_kernels.attention(*args)
+
+    setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_differentiate)
 
 
-def _vmap_rule(op, tensors: int):
-    """vmap folds into the batch, except over different bias tables and their gradients: these run one by one."""
+def attention(*args) -> tuple[Tensor, Tensor]:
+    """Call the forward op, arguments as in its schema."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _Attention.apply(*args)
+    return torch.ops.dinat_kernels.attention(*args)
+
+
+def _vmap(op, rpb_at: int, one_by_one):
+    """Make the vmap rule of `op`: fold the mapped dimension into the batch, or loop where every sample has its own bias."""
 
     def rule(info, in_dims, *args):
         size = info.batch_size
-        rpb_at = tensors - 1 if op is torch.ops.dinat_kernels.attention else 5
-        rpb = args[rpb_at]
-        is_backward = op is torch.ops.dinat_kernels.attention_backward
-        if rpb is None or (in_dims[rpb_at] is None and not is_backward):
-            folded = [
-                arg if i == rpb_at or not isinstance(arg, Tensor) else _fold_batch(arg, in_dims[i], size)
-                for i, arg in enumerate(args)
-            ]
-            results = op(*folded)
-            return type(results)(r.unflatten(0, (size, -1)) for r in results), type(results)(0 for _ in results)
-        each = [
-            op(*[a if in_dims[j] is None else a.select(in_dims[j], i) for j, a in enumerate(args)])
-            for i in range(size)
-        ]
-        stacked = [torch.stack(parts) for parts in zip(*each, strict=True)]
-        return type(each[0])(stacked), type(each[0])(0 for _ in stacked)
+        mapped = list(zip(args, in_dims, strict=True))
+        if one_by_one(args[rpb_at], in_dims[rpb_at]):
+            samples = [op(*[a.select(dim, i) if isinstance(dim, int) else a for a, dim in mapped]) for i in range(size)]
+            results = [torch.stack(parts) for parts in zip(*samples, strict=True)]
+        else:
+
+            def fold(a, dim):
+                a = a.expand(size, *a.shape) if dim is None else a.movedim(dim, 0)
+                return a.flatten(0, 1)
+
+            folded = [fold(a, dim) if isinstance(a, Tensor) and i != rpb_at else a for i, (a, dim) in enumerate(mapped)]
+            results = [r.unflatten(0, (size, r.shape[0] // size)) for r in op(*folded)]
+        pack = tuple if op is torch.ops.dinat_kernels.attention else list
+        return pack(results), pack([0] * len(results))
 
     return rule
+
+
+torch.library.register_vmap(
+    "dinat_kernels::attention",
+    _vmap(torch.ops.dinat_kernels.attention, 3, lambda rpb, dim: dim is not None),
+    lib=_lib,
+)
+torch.library.register_vmap(
+    "dinat_kernels::attention_backward",
+    _vmap(torch.ops.dinat_kernels.attention_backward, 5, lambda rpb, dim: rpb is not None),
+    lib=_lib,
+)
 
 
 def _pair_flops(query: Sequence[int], *, inner: int, window: Sequence) -> int:
