@@ -1,6 +1,15 @@
 """Neighborhood attention for PyTorch: 1-D, 2-D and 3-D, dilated, strided, causal, with relative position bias."""
 
-from .impl import backends
 from .functional import na1d, na2d, na3d
+from .impl import backends
+from .modules import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d
 
-__all__ = ["backends", "na1d", "na2d", "na3d"]
+__all__ = [
+    "NeighborhoodAttention1d",
+    "NeighborhoodAttention2d",
+    "NeighborhoodAttention3d",
+    "backends",
+    "na1d",
+    "na2d",
+    "na3d",
+]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .impl import reference, resolve, tiled
 from .geometry import Neighborhood, check_fits, make_neighborhood
+from .impl import reference, resolve, tiled
+from .impl.precision import autocast_dtype
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
@@ -46,7 +47,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None
             raise ValueError(f"rpb cannot be combined with a causal axis, got is_causal={window.is_causal}")
         expected = (heads, *(2 * k - 1 for k in window.kernel_size))
         if tuple(rpb.shape) != expected:
-            raise ValueError(f"rpb must have shape (heads, 2 * kernel_size - 1, ...) = {expected}, got {tuple(rpb.shape)}")
+            raise ValueError(
+                f"rpb must have shape (heads, 2 * kernel_size - 1, ...) = {expected}, got {tuple(rpb.shape)}"
+            )
         if not rpb.is_floating_point() or rpb.device != query.device:
             raise ValueError(f"rpb must be a floating-point tensor on {query.device}, got {rpb.dtype} on {rpb.device}")
 
@@ -67,10 +70,11 @@ def _attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
     device = query.device
-    if torch.is_autocast_enabled(device.type):
-        # The bias keeps its dtype: it is added to float32 logits.
-        query, key, value = (x.to(torch.get_autocast_dtype(device.type)) for x in (query, key, value))
-    _check_tensors(query, key, value, rpb, window)
+    autocast = autocast_dtype(device.type)
+    if autocast is not None:  # the bias keeps its dtype: it is added to float32 logits
+        query, key, value = query.to(autocast), key.to(autocast), value.to(autocast)
+    if not torch.jit.is_tracing():  # where sizes are tensors
+        _check_tensors(query, key, value, rpb, window)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     name = resolve(backend, device)
 
@@ -80,12 +84,12 @@ def _attend(
         # The exported program is then made of ATen operations alone and runs where dinat_kernels is not installed.
         out, lse = tiled.attention(query, key, value, rpb, window, scale, chunk=None)
     else:
-        out, lse = ops.attention(query, key, value, rpb, *map(list, window), scale, name)
+        out, lse = ops.attention(query, key, value, rpb, *[list(map(int, axes)) for axes in window], scale, name)
     return (out, lse) if return_lse else out
 
 
 def _can_inline(query: Tensor) -> bool:
-    """Whether this is a non-strict export with a fixed map size: Dynamo cannot trace the planning, nor can it be symbolic."""
+    """Whether this is a non-strict export of a fixed map size: plans can be neither traced by Dynamo nor symbolic."""
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     return exporting and all(isinstance(size, int) for size in query.shape[1:])
 
@@ -105,9 +109,7 @@ def na1d(
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Neighborhood attention over sequences: `na2d` with one spatial axis, tensors (batch, length, heads, dim)."""
-    return _attend(
-        1, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend
-    )
+    return _attend(1, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend)
 
 
 def na2d(
@@ -127,41 +129,41 @@ def na2d(
     """Neighborhood attention over feature maps.
 
     Every query attends to the `kernel_size` nearest keys of its dilation group on each axis; at the borders the window
-    shifts inward, so the number of keys stays the same.  Source: Neighborhood Attention Transformer (Hassani et al., CVPR
-    2023, section 3.1), dilation: Dilated Neighborhood Attention Transformer (Hassani & Shi, 2022, section 3.1), stride and
-    causal axes: Generalized Neighborhood Attention (Hassani et al., 2025).
+    shifts inward, so the number of keys stays the same.  Source: Neighborhood Attention Transformer (Hassani et al.,
+    CVPR 2023, section 3.1), dilation: Dilated Neighborhood Attention Transformer (Hassani & Shi, 2022, section 3.1),
+    stride and causal axes: Generalized Neighborhood Attention (Hassani et al., 2025).
 
         out = softmax(scale * query @ key + rpb) @ value, over the visible keys
 
     Args:
         query: (batch, height, width, heads, head_dim).  Any strides; a view of a packed projection is not copied.
-        key: (batch, height, width, kv_heads, head_dim).  `heads` must be a multiple of `kv_heads`; head h of the query uses
-            head `h // (heads // kv_heads)`.
+        key: (batch, height, width, kv_heads, head_dim).  `heads` must be a multiple of `kv_heads`; head h of the query
+            uses head `h // (heads // kv_heads)`.
         value: (batch, height, width, kv_heads, value_dim).
-        kernel_size: window size in tokens, odd or even, one for all axes or one per axis.  `kernel_size * dilation` must
-            not exceed the axis length.  An even window `2r` has r keys before the query and r - 1 after it.
+        kernel_size: window size in tokens, odd or even, one for all axes or one per axis.  `kernel_size * dilation`
+            must not exceed the axis length.  An even window `2r` has r keys before the query and r - 1 after it.
         dilation: distance between the tokens of a window, in tokens; one or one per axis.
-        stride: this many neighboring queries share the window of their middle one (the last one on a causal axis), from 1
-            (sliding window) to `kernel_size` (blocks).  The output has the size of the query whatever the stride.
+        stride: this many neighboring queries share the window of their middle one (the last one on a causal axis), from
+            1 (sliding window) to `kernel_size` (blocks).  The output has the size of the query whatever the stride.
         is_causal: hide the keys after the query; one or one per axis.
         scale: factor of the dot products, `head_dim ** -0.5` by default; 0.0 is legal.
-        rpb: relative position bias (heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1), added unscaled.  The entry of a
-            pair is `key position - query position + kernel_size - 1`, in steps of `dilation`.  Not with causal axes.
+        rpb: relative position bias (heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1), added unscaled.  The entry
+            of a pair is `key position - query position + kernel_size - 1`, in steps of `dilation`.  Not with causal
+            axes.
         return_lse: also return the logarithm of the softmax denominator; it is differentiable.
-        backend: "reference" (dense, the definition), "torch" (tiled, any device), "triton", or None to choose.  A backend
-            asked for by name never falls back to another.  See `backends()`.
+        backend: "reference" (dense, the definition), "torch" (tiled, any device), "triton", or None to choose.  A
+            backend asked for by name never falls back to another.  See `backends()`.
 
     Returns:
-        out (batch, height, width, heads, value_dim) in the dtype of the inputs; with `return_lse` also lse (batch, height,
-        width, heads), natural logarithm, float32 (float64 for float64 inputs).  Half inputs are accumulated in float32.
+        out (batch, height, width, heads, value_dim) in the dtype of the inputs; with `return_lse` also lse (batch,
+        height, width, heads), natural logarithm, float32 (float64 for float64 inputs).  Half inputs are accumulated in
+        float32.
 
     Raises:
         ValueError: shapes, dtypes or window arguments do not fit together; the message names the argument.
         RuntimeError: the backend asked for cannot run here.
     """
-    return _attend(
-        2, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend
-    )
+    return _attend(2, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend)
 
 
 def na3d(
@@ -178,7 +180,5 @@ def na3d(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Neighborhood attention over volumes: `na2d` with three spatial axes, tensors (batch, depth, height, width, heads, dim)."""
-    return _attend(
-        3, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend
-    )
+    """Neighborhood attention over volumes: `na2d` with three spatial axes, tensors (batch, D, H, W, heads, dim)."""
+    return _attend(3, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend)

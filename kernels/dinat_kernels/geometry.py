@@ -1,11 +1,11 @@
 """Which keys a query sees: the window arithmetic that every backend shares.
 
-Neighborhood attention (Hassani et al., CVPR 2023, section 3.1) with dilation (Hassani & Shi, 2022, section 3.1), and with
-the stride and causal axes of generalized neighborhood attention (Hassani et al., 2025, section 3).  Everything here is per
-axis: the visible set of a multi-dimensional query is the product of its per-axis windows.
+Neighborhood attention (Hassani et al., CVPR 2023, section 3.1) with dilation (Hassani & Shi, 2022, section 3.1), and
+with the stride and causal axes of generalized neighborhood attention (Hassani et al., 2025, section 3).  Everything
+here is per axis: the visible set of a multi-dimensional query is the product of its per-axis windows.
 
-An axis of `length` tokens falls into `dilation` groups of every d-th token.  Index `i` has group `i % d` and position `i // d`;
-windows are contiguous ranges of positions within the query's own group.
+An axis of `length` tokens falls into `dilation` groups of every d-th token.  Index `i` has group `i % d` and position
+`i // d`; windows are contiguous ranges of positions within the query's own group.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ def visible_range(
 ) -> tuple[np.ndarray, np.ndarray]:
     """First and one-past-last visible key position, for query positions in a group of `length` tokens.
 
-    Stride groups of `stride` queries share the window of their leader.  Near a border the window shifts inward, so a query
-    that is not causal always sees exactly `kernel_size` keys; a causal one sees 1 to `kernel_size`, none after itself.
+    Stride groups of `stride` queries share the window of their leader.  Near a border the window shifts inward, so a
+    query that is not causal always sees exactly `kernel_size` keys; a causal one sees 1 to `kernel_size`, none after
+    itself.
 
     Both results are monotonic in `position`.
     """

@@ -1,7 +1,7 @@
 """The operator as PyTorch sees it: schema, fake, autograd, vmap and FLOP formulas of one forward and one backward op.
 
-Registered this way it works under torch.compile, torch.export, FX, TorchScript, autocast (see `functional`), torch.func,
-meta tensors and FlopCounterMode, and a new backend changes none of that.  Nothing here imports Triton.
+Registered this way it works under torch.compile, torch.export, FX, TorchScript, autocast (see `functional`),
+torch.func, meta tensors and FlopCounterMode, and a new backend changes none of that.  Nothing here imports Triton.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .impl import implementation, resolve
 from .geometry import Neighborhood, visible_pairs
+from .impl import implementation, resolve
 
 _lib = torch.library.Library("dinat_kernels", "DEF")
-_WINDOW = "int[] kernel_size, int[] dilation, int[] stride, bool[] is_causal, float scale, str backend"
+# is_causal is 0 or 1 per axis: torch.jit.trace knows no lists of bool.
+_WINDOW = "int[] kernel_size, int[] dilation, int[] stride, int[] is_causal, float scale, str backend"
 _lib.define(
     f"attention(Tensor query, Tensor key, Tensor value, Tensor? rpb, {_WINDOW}) -> (Tensor out, Tensor lse)",
     tags=[torch.Tag.pt2_compliant_tag],
@@ -29,9 +30,9 @@ _lib.define(
 
 
 def _window(
-    kernel_size: Sequence[int], dilation: Sequence[int], stride: Sequence[int], is_causal: Sequence[bool]
+    kernel_size: Sequence[int], dilation: Sequence[int], stride: Sequence[int], is_causal: Sequence[int]
 ) -> Neighborhood:
-    return Neighborhood(tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal))
+    return Neighborhood(tuple(kernel_size), tuple(dilation), tuple(stride), tuple(map(bool, is_causal)))
 
 
 @torch.library.impl(_lib, "attention", "CompositeExplicitAutograd")
@@ -68,7 +69,8 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_out, grad_lse):
-    grads = torch.ops.dinat_kernels.attention_backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.window)
+    backward = _Backward.apply if _in_functorch() else torch.ops.dinat_kernels.attention_backward
+    grads = backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.window)
     return (*grads, *[None] * (4 - len(grads)), *[None] * len(ctx.window))
 
 
@@ -78,34 +80,37 @@ def _refuse_double_backward(ctx, *grads):
     )
 
 
-torch.library.register_autograd(
-    "dinat_kernels::attention", _differentiate, setup_context=_save_for_backward, lib=_lib
-)
+torch.library.register_autograd("dinat_kernels::attention", _differentiate, setup_context=_save_for_backward, lib=_lib)
 torch.library.register_autograd("dinat_kernels::attention_backward", _refuse_double_backward, lib=_lib)
 
 
-class _Attention(torch.autograd.Function):
-    """The same derivative for torch.func: its transforms reject what `register_autograd` generates."""
+class _Forward(torch.autograd.Function):
+    """The same derivative for torch.func, whose transforms reject what `register_autograd` generates."""
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args):
-        return torch.ops.dinat_kernels.attention(*args)
-
+    forward = staticmethod(lambda *args: torch.ops.dinat_kernels.attention(*args))
     setup_context = staticmethod(_save_for_backward)
     backward = staticmethod(_differentiate)
 
 
+class _Backward(torch.autograd.Function):
+    generate_vmap_rule = True
+    forward = staticmethod(lambda *args: tuple(torch.ops.dinat_kernels.attention_backward(*args)))
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(_refuse_double_backward)
+
+
+def _in_functorch() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def attention(*args) -> tuple[Tensor, Tensor]:
-    """Call the forward op, arguments as in its schema."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return _Attention.apply(*args)
-    return torch.ops.dinat_kernels.attention(*args)
+    """The forward op; arguments as in its schema."""
+    return (_Forward.apply if _in_functorch() else torch.ops.dinat_kernels.attention)(*args)
 
 
 def _vmap(op, rpb_at: int, one_by_one):
-    """Make the vmap rule of `op`: fold the mapped dimension into the batch, or loop where every sample has its own bias."""
+    """The vmap rule of `op`: fold the mapped dimension into the batch, or loop where every sample has its own bias."""
 
     def rule(info, in_dims, *args):
         size = info.batch_size
@@ -151,5 +156,7 @@ def _attention_flops(query, key, value, rpb, *args, out_shape=None, **kwargs) ->
 
 
 @register_flop_formula(torch.ops.dinat_kernels.attention_backward)
-def _attention_backward_flops(grad_out, grad_lse, query, key, value, rpb, out, lse, *args, out_shape=None, **kwargs) -> int:
+def _attention_backward_flops(
+    grad_out, grad_lse, query, key, value, rpb, out, lse, *args, out_shape=None, **kwargs
+) -> int:
     return _pair_flops(query, inner=3 * query[-1] + 2 * value[-1], window=args[:4])

@@ -1,6 +1,7 @@
 """Implementations of the operator, and the choice between them.
 
-A backend is a module with `attention` and `attention_backward` (see `tiled`).  Backends share `geometry`, never each other.
+A backend is a module with `attention` and `attention_backward` (see `tiled`).  Backends share `geometry`, never each
+other.
 """
 
 from __future__ import annotations

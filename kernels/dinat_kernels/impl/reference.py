@@ -1,7 +1,8 @@
-"""The definition: dense masked attention, differentiable by autograd.  The oracle that every other backend is tested against.
+"""The definition: dense masked attention, differentiable by autograd.  The oracle that every other backend is tested
+against.
 
-Time and memory are quadratic in the number of tokens.  Nothing here is shared with the other backends except the window
-arithmetic of `geometry.visible_range`.
+Time and memory are quadratic in the number of tokens.  All that it shares with the other backends is the window
+arithmetic of `geometry.visible_range` and the choice of precision.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..geometry import Neighborhood, group_length, visible_range
+from .precision import without_autocast, working_dtype
 
 
 def _axis_tables(length: int, k: int, d: int, s: int, causal: bool) -> tuple[np.ndarray, np.ndarray]:
-    """For every (query, key) pair of an axis, both (length, length): is the key visible, and its entry in the bias table."""
+    """For every (query, key) pair of an axis: is the key visible, and its entry in the bias table; (length, length)."""
     index = np.arange(length)
     group, position = index % d, index // d
     start, end = np.empty_like(index), np.empty_like(index)
@@ -29,6 +31,7 @@ def _axis_tables(length: int, k: int, d: int, s: int, causal: bool) -> tuple[np.
     return same_group & in_window, np.clip(entry, 0, 2 * k - 2)
 
 
+@without_autocast
 def attention(
     query: Tensor,
     key: Tensor,
@@ -51,7 +54,7 @@ def attention(
     """
     spatial: Sequence[int] = query.shape[1:-2]
     rank, heads, kv_heads = len(spatial), query.shape[-2], key.shape[-2]
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(query.dtype)
 
     q, k, v = (x.flatten(1, rank).transpose(1, 2).to(dtype) for x in (query, key, value))  # (batch, heads, tokens, dim)
     k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))

@@ -1,12 +1,14 @@
 """The "torch" backend: tiled neighborhood attention in plain PyTorch, for any device and dtype.
 
 Every axis is cut into tiles: runs of `T` neighboring query positions of one dilation group, together with the `R` key
-positions that contain all their windows.  A multi-dimensional tile is the product of one tile per axis.  Attention is then a
-batched matrix product between the queries and the keys of a tile, with one additive tensor that holds the relative position
-bias and minus infinity where a key is out of a query's window.  Work and memory are linear in the number of tokens.
+positions that contain all their windows.  A multi-dimensional tile is the product of one tile per axis.  Attention is
+then a batched matrix product between the queries and the keys of a tile, with one additive tensor that holds the bias
+and minus infinity where a key is out of a query's window.  Work and memory are linear in the number of
+tokens.
 
-`T` is chosen per axis by a cost model; it covers the special cases by itself: with `kernel_size * dilation == length` a tile
-is a whole dilation group, needs no mask, and this is plain attention on blocks; on a small map one tile is the whole map.
+`T` is chosen per axis by a cost model; it covers the special cases by itself: with `kernel_size * dilation == length` a
+tile is a whole dilation group, needs no mask, and this is plain attention on blocks; on a small map one tile is the
+whole map.
 
 Only the logits of one chunk of tiles exist at a time, in the backward pass too, which recomputes them from `lse`.
 """
@@ -24,10 +26,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..geometry import Neighborhood, group_length, visible_range
+from .precision import without_autocast, working_dtype
 
 # Logits of a chunk: 1 MB in float32.  Larger chunks leave the cache and page-fault on every allocation.
 _CHUNK = 1 << 18
-# Gathering one key row costs about as much as 64 multiply-adds rows of a tile's matrix product (measured on AVX-512, k = 7).
+# Gathering one key row costs about as much as 64 multiply-adds rows of a tile's matrix product (measured on AVX-512, k
+# = 7).
 _GATHER_COST = 64
 
 
@@ -186,7 +190,7 @@ class _Plan:
         return slice(rows.start * per_row, rows.stop * per_row)
 
     def bias(self, rpb: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Bias and mask as one additive tensor, (heads or 1, *kinds, query_slots, key_slots); None if nothing is added."""
+        """Bias and mask as one additive tensor (heads or 1, *kinds, query_slots, key_slots); None without either."""
         if rpb is None:
             if not self.masked:
                 return None
@@ -223,7 +227,7 @@ class _Plan:
         return grad
 
     def add_key_grad_(self, total: Tensor, grad: Tensor, rows: slice) -> None:
-        """Add the gradients of key slots, (batch, heads, tiles, key_slots, dim), to `total`, (batch, *spatial, heads, dim)."""
+        """Add slot gradients, (batch, heads, tiles, key_slots, dim), to `total`, (batch, *spatial, heads, dim)."""
         rank = len(self.axes)
         counts = [rows.stop - rows.start, *self.counts[1:]]
         slots = [a.key.shape[1] for a in self.axes]
@@ -251,10 +255,6 @@ def _plan(spatial: tuple[int, ...], window: Neighborhood) -> _Plan:
     return _Plan(spatial, window)
 
 
-def _working_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
     """(batch, *spatial, heads, dim) to (batch, kv_heads, heads // kv_heads, tokens, dim), a view."""
     x = x.flatten(1, -3)
@@ -262,7 +262,8 @@ def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _gather(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tiles of `x` (batch, kv_heads, group, tokens, dim) at `index` (tiles, slots): (batch, kv_heads, tiles, group * slots, dim).
+    """Tiles of `x` (batch, kv_heads, group, tokens, dim) at `index` (tiles, slots): (batch, kv_heads, tiles, group *
+    slots, dim).
 
     The heads of a group follow one another in the slots, so that they share one matrix product with their key head.
     """
@@ -297,6 +298,7 @@ def _assemble(grid: list[list[Tensor]]) -> Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
 
 
+@without_autocast
 def attention(
     query: Tensor,
     key: Tensor,
@@ -310,15 +312,16 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Tiled forward pass; arguments and results as `reference.attention`.
 
-    Built of differentiable operations only, so it can be traced, exported and differentiated by autograd (which then keeps
-    the logits; `attention_backward` does not).
+    Built of differentiable operations only, so it can be traced, exported and differentiated by autograd (which then
+    keeps the logits; `attention_backward` does not).
 
     Args:
         dropout_p: probability of zeroing an attention weight; the others are scaled by `1 / (1 - dropout_p)`.
-        chunk: the largest number of logits that exist at a time; None computes all at once, with no loop over the batch.
+        chunk: the largest number of logits that exist at a time; None computes all at once, with no loop over the
+            batch.
     """
     batch, *spatial, heads, _ = query.shape
-    kv_heads, dtype, device = key.shape[-2], _working_dtype(query), query.device
+    kv_heads, dtype, device = key.shape[-2], working_dtype(query.dtype), query.device
     plan = _plan(tuple(spatial), window)
     q, k, v = (_split_heads(x, kv_heads) for x in (query, key, value))
     bias = plan.bias(rpb, dtype, device)
@@ -345,6 +348,7 @@ def attention(
     return out.reshape(*query.shape[:-1], value.shape[-1]), lse.reshape(query.shape[:-1])
 
 
+@without_autocast
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
@@ -359,7 +363,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `attention` with respect to query, key, value and rpb, given those of out and lse."""
     batch, *spatial, heads, _ = query.shape
-    kv_heads, dtype, device = key.shape[-2], _working_dtype(query), query.device
+    kv_heads, dtype, device = key.shape[-2], working_dtype(query.dtype), query.device
     plan = _plan(tuple(spatial), window)
     q, k, v, grad_o = (_split_heads(x, kv_heads) for x in (query, key, value, grad_out))
     # d logits = weights * (d weights - delta), where delta = rowsum(d out * out); lse adds its gradient to every logit.

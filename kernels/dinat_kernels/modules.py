@@ -1,0 +1,168 @@
+"""Neighborhood attention as layers, with the parameters of the published checkpoints: `qkv`, `rpb` and `proj`."""
+
+from typing import List, Optional  # noqa: UP035  TorchScript reads the annotations of attributes
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .functional import Bools, Ints, na1d, na2d, na3d
+from .geometry import make_neighborhood
+from .impl import tiled
+
+
+class _NeighborhoodAttention(nn.Module):
+    """Multi-head self-attention over each token's neighborhood (NAT, Hassani et al., CVPR 2023, section 3).
+
+    A map that is shorter than `kernel_size * dilation` on some axis is zero-padded to that size at its end before the
+    qkv projection and cropped afterwards, as in the published models: a padded token has key and value equal to their
+        biases and
+    takes part in the softmax.
+
+    Args:
+        dim: channels in and out.
+        num_heads: attention heads; must divide `dim`.
+        kernel_size: window size, one for all axes or one per axis.
+        dilation: distance between the tokens of a window, one or one per axis.
+        stride: queries that share a window, one or one per axis.
+        is_causal: hide the keys after the query, one or one per axis.  Requires `rel_pos_bias=False`.
+        rel_pos_bias: learn a relative position bias `rpb` (num_heads, 2 * kernel_size - 1, ...).
+        qkv_bias: learn a bias in the qkv projection.
+        qk_scale: factor of the dot products, `(dim // num_heads) ** -0.5` by default.
+        attn_drop: dropout probability of attention weights in training.  Runs outside the fused operator and keeps the
+            logits for the backward pass.
+        proj_drop: dropout probability of the output in training.
+        backend: see `na2d`.
+
+    Shape:
+        (batch, *spatial, dim) to the same.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`, or window arguments are out of range.
+    """
+
+    rank: int
+    kernel_size: List[int]  # noqa: UP006
+    dilation: List[int]  # noqa: UP006
+    stride: List[int]  # noqa: UP006
+    is_causal: List[bool]  # noqa: UP006
+    rpb: Optional[Tensor]  # noqa: UP045
+    backend: Optional[str]  # noqa: UP045
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: Ints,
+        dilation: Ints = 1,
+        stride: Ints = 1,
+        is_causal: Bools = False,
+        rel_pos_bias: bool = True,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        *,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got num_heads={num_heads} with dim={dim}")
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5 if qk_scale is None else float(qk_scale)
+        self.backend = backend
+        self.set_window(kernel_size, dilation, stride, is_causal)
+        if rel_pos_bias and any(self.is_causal):
+            raise ValueError(f"rel_pos_bias cannot be combined with a causal axis, got is_causal={is_causal!r}")
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        if rel_pos_bias:
+            self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * k - 1 for k in self.kernel_size), **factory))
+            nn.init.trunc_normal_(self.rpb, std=0.02)
+        else:
+            self.register_parameter("rpb", None)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    @torch.jit.ignore
+    def set_window(self, kernel_size: Ints, dilation: Ints = 1, stride: Ints = 1, is_causal: Bools = False) -> None:
+        """Change the window.  The caller keeps `rpb` in step when `kernel_size` changes."""
+        window = make_neighborhood(self.rank, kernel_size, dilation, stride, is_causal)
+        self.kernel_size, self.dilation, self.stride, self.is_causal = map(list, window)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = [0, 0]
+        padded = False
+        for axis in range(len(self.kernel_size), 0, -1):
+            missing = self.kernel_size[axis - 1] * self.dilation[axis - 1] - x.shape[axis]
+            padding += [0, missing if missing > 0 else 0]
+            padded = padded or missing > 0
+        y = F.pad(x, padding) if padded else x
+
+        query, key, value = self.qkv(y).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        if torch.jit.is_scripting():
+            assert not (self.training and self.attn_drop > 0), "attn_drop is not supported by TorchScript training"
+            backend = self.backend
+            y, _ = torch.ops.dinat_kernels.attention(
+                query,
+                key,
+                value,
+                self.rpb,
+                self.kernel_size,
+                self.dilation,
+                self.stride,
+                [int(causal) for causal in self.is_causal],
+                self.scale,
+                "" if backend is None else backend,
+            )
+        else:
+            y = self._attend(query, key, value)
+        for axis in range(1, x.dim() - 1):
+            if padded:
+                y = y.narrow(axis, 0, x.shape[axis])
+        return self.proj_drop(self.proj(y.flatten(-2)))
+
+    @torch.jit.unused
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.training and self.attn_drop > 0:
+            window = make_neighborhood(self.rank, self.kernel_size, self.dilation, self.stride, self.is_causal)
+            return tiled.attention(query, key, value, self.rpb, window, self.scale, dropout_p=self.attn_drop)[0]
+        return (na1d, na2d, na3d)[self.rank - 1](
+            query,
+            key,
+            value,
+            self.kernel_size,
+            dilation=self.dilation,
+            stride=self.stride,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            rpb=self.rpb,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}, "
+            f"stride={self.stride}, is_causal={self.is_causal}, rel_pos_bias={self.rpb is not None}"
+        )
+
+
+class NeighborhoodAttention1d(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    rank = 1
+
+
+class NeighborhoodAttention2d(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    rank = 2
+
+
+class NeighborhoodAttention3d(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    rank = 3
