@@ -1,0 +1,130 @@
+"""What the families share: the transformer block, the dilation policies and the bias table resize."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from dinat_kernels import NeighborhoodAttention2d
+from timm.layers import DropPath, LayerScale, Mlp
+from timm.models import register_notrace_module
+from torch import nn
+from torch.nn import functional as F
+
+register_notrace_module(NeighborhoodAttention2d)  # its padding depends on the map size, which FX cannot trace
+
+Dilations = str | Sequence[Sequence[int | tuple[int, int]]] | None
+
+
+class NATBlock(nn.Module):
+    """Pre-norm transformer block on (batch, height, width, dim), with optional layer scale."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int | tuple[int, int] = 7,
+        dilation: int | tuple[int, int] = 1,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        ls_init_value: float | None = None,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: Callable[..., nn.Module] = nn.GELU,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        backend: str | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = NeighborhoodAttention2d(
+            dim,
+            num_heads,
+            kernel_size,
+            dilation,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            backend=backend,
+            **dd,
+        )
+        self.ls1 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.ls2 = nn.Identity() if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def init_weights(module: nn.Module, name: str = "") -> None:
+    """Published initialization: linear weights truncated normal 0.02; convolutions and norms keep PyTorch's default."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def resize_rpb(rpb: torch.Tensor, kernel_size: Sequence[int]) -> torch.Tensor:
+    """Resize a bias table (heads, 2k-1, 2k-1) to another window by bicubic interpolation, as the 11x11 weights were."""
+    size = tuple(2 * k - 1 for k in kernel_size)
+    if tuple(rpb.shape[1:]) == size:
+        return rpb
+    return F.interpolate(rpb[None].float(), size=size, mode="bicubic", align_corners=False)[0].to(rpb.dtype)
+
+
+@torch.no_grad()
+def resize_window(
+    attn: NeighborhoodAttention2d, kernel_size: int | Sequence[int], dilation: int | Sequence[int]
+) -> None:
+    """Change the window of a layer in place, and its bias table with it."""
+    attn.set_window(kernel_size, dilation)
+    rpb = resize_rpb(attn.rpb, attn.kernel_size)
+    if rpb is not attn.rpb:
+        attn.rpb = nn.Parameter(rpb, requires_grad=attn.rpb.requires_grad)
+
+
+def resolve_dilations(
+    dilations: Dilations,
+    depths: Sequence[int],
+    kernel_sizes: Sequence[tuple[int, int]],
+    feature_sizes: Sequence[tuple[int, int]],
+) -> list[list[int | tuple[int, int]]]:
+    """The dilation of every block, one list per level (DiNAT, Hassani & Shi 2022, section 3.4).
+
+    Args:
+        dilations: None for 1 everywhere (NAT). "max": odd blocks take the largest dilation that fits the level's map,
+            `side // kernel_size` of its shorter side, as in ImageNet training. "gradual": odd blocks grow from half of
+            the maximum to the maximum in cycles of three, the last level stays at the maximum, as in the published
+            detection models. Or an explicit list of one list per level with one dilation per block.
+        depths: blocks per level.
+        kernel_sizes: (height, width) of each level's window, in tokens.
+        feature_sizes: (height, width) of each level's map, in tokens.
+
+    Raises:
+        ValueError: unknown policy, or a list that does not have the shape of `depths`.
+    """
+    if dilations is None:
+        return [[1] * depth for depth in depths]
+    if isinstance(dilations, str):
+        if dilations not in ("max", "gradual"):
+            raise ValueError(f'dilations must be None, "max", "gradual" or a list of lists, got {dilations!r}')
+        levels = []
+        for i, (depth, kernel, size) in enumerate(zip(depths, kernel_sizes, feature_sizes, strict=True)):
+            largest = max(1, min(side // k for side, k in zip(size, kernel, strict=True)))
+            steps = 1 if dilations == "max" or i == len(depths) - 1 else min(3, depth // 2)
+            cycle = [math.floor(largest / 2 * (1 + j / (steps - 1))) for j in range(steps)] if steps > 1 else [largest]
+            levels.append([max(1, cycle[j // 2 % len(cycle)]) if j % 2 else 1 for j in range(depth)])
+        return levels
+    if [len(level) for level in dilations] != list(depths):
+        raise ValueError(
+            f"dilations must be one list per level with one entry per block, {list(depths)} entries, got {dilations!r}"
+        )
+    return [list(level) for level in dilations]
