@@ -4,8 +4,6 @@ Paper: Dilated Neighborhood Attention Transformer, section 3.5 - https://arxiv.o
 Weights by SHI Labs, https://github.com/SHI-Labs/Neighborhood-Attention-Transformer, MIT licence.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

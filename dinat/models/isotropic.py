@@ -4,8 +4,6 @@ Paper: Dilated Neighborhood Attention Transformer, section 4.3 and appendix - ht
 Weights by SHI Labs, https://github.com/SHI-Labs/Neighborhood-Attention-Transformer, MIT licence.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from timm.models import generate_default_cfgs, register_model
@@ -22,7 +20,6 @@ _create = partial(
     stem_stride=16,
     depths=(1,) * 12,
     mlp_ratio=4.0,
-    feature_cfg=dict(out_indices=3, feature_cls="getter"),  # the last three blocks, as timm's ViTs
 )
 _cfg = partial(cfg, pool_size=(14, 14), first_conv="patch_embed.proj")
 

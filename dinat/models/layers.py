@@ -1,7 +1,5 @@
 """What the families share: the transformer block, the dilation policies and the bias table resize."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -7,8 +7,6 @@ Papers:
 Weights by SHI Labs, https://github.com/SHI-Labs/Neighborhood-Attention-Transformer, MIT licence.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -418,15 +416,18 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
 
 def create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
     """Build a model; `kwargs` are those of `NAT` and of timm's `build_model_with_cfg` (`features_only`, ...)."""
-    feature_cfg = dict(out_indices=tuple(range(len(kwargs["depths"]))), flatten_sequential=True)
-    if kwargs.get("stage_norm"):
-        feature_cfg["feature_cls"] = "getter"  # the norms are not on the path from one level to the next
+    feature_cfg = {"out_indices": tuple(range(len(kwargs["depths"]))), "flatten_sequential": True}
+    if kwargs.get("isotropic"):
+        feature_cfg["out_indices"] = 3  # the last three blocks, as timm's ViTs
+    if kwargs.get("isotropic") or kwargs.get("stage_norm"):
+        feature_cfg["feature_cls"] = "getter"  # stage norms are not on the path from one level to the next
     return build_model_with_cfg(
         NAT,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        **{"feature_cfg": feature_cfg, **kwargs},
+        feature_cfg=feature_cfg,
+        **kwargs,
     )
 
 
