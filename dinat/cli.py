@@ -1,0 +1,100 @@
+"""The command line: Hydra around the engine, and mistakes told in one message instead of a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dinat import engine
+from dinat.errors import UserError, nearest
+
+USER_ERROR = 2  # exit status
+
+
+def train_job(cfg: DictConfig) -> float:
+    """Hydra's job for training: the returned top-1 (%) is what a sweeper maximises."""
+    return engine.train(cfg, HydraConfig.get().runtime.output_dir)
+
+
+def eval_job(cfg: DictConfig) -> float:
+    """Hydra's job for evaluation: prints the result as one line of JSON and returns top-1 (%)."""
+    result = engine.evaluate(cfg)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps(result), flush=True)
+    return result["top1"]
+
+
+def train() -> None:
+    """Console script `dinat-train`."""
+    run(hydra.main(version_base="1.3", config_path="pkg://dinat.configs", config_name="train")(train_job))
+
+
+def evaluate() -> None:
+    """Console script `dinat-eval`."""
+    run(hydra.main(version_base="1.3", config_path="pkg://dinat.configs", config_name="eval")(eval_job))
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Calls a function made by `hydra.main`; a user's mistake ends it with one message and exit status 2."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # leave exceptions to us
+    if int(os.environ.get("RANK", 0)) > 0:
+        sys.argv.append("hydra.run.dir=.")  # rank 0 makes the run folder, and tells the others in engine.train
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error))
+    except engine.Interrupted as stopped:
+        kept = [arg for arg in sys.argv[1:] if not arg.startswith(("dir=", "resume=", "hydra.run.dir="))]
+        command = shlex.join([Path(sys.argv[0]).name, *kept, f"dir={stopped.run_dir}", "resume=auto"])
+        print(f"{stopped}\ncontinue with: {command}", file=sys.stderr)
+        sys.exit(128 + stopped.signum)
+
+
+def fail(message: str) -> None:
+    """Prints an error and exits."""
+    rank = os.environ.get("RANK")
+    print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
+    sys.exit(USER_ERROR)
+
+
+def explain(error: Exception) -> str:
+    """Hydra's message about a command line, with the nearest key where one does not exist."""
+    message = str(error).split("\nConfig search path")[0]
+    if missing := re.match(r"Could not override '([^']+)'", message):
+        key = missing[1]
+        return (
+            f"{key}: no such configuration key.{nearest(key, known_keys())} "
+            f"To add one to a free-form section such as model.kwargs, write +{key}=..."
+        )
+    return message
+
+
+def known_keys() -> list[str]:
+    """All keys of both commands' configurations."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("dinat.configs", version_base="1.3"):
+        configs = [OmegaConf.to_container(hydra.compose(name)) for name in ("train", "eval")]
+    return sorted({key for config in configs for key in flatten(config)})
+
+
+def flatten(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all entries of a nested dict."""
+    for name, value in section.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")

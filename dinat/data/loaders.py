@@ -1,0 +1,228 @@
+"""From a dataset to batches: transforms, order, and what is done about images that cannot be read.
+
+A batch is `(images, targets, problems)`: uint8 `(B, C, H, W)`, int64 `(B,)` and a list with one line for each image
+that could not be read. A target of `IGNORE` marks a row that only fills the batch up and counts nowhere.
+
+Normalisation, erasing and mixup happen on the device, in the training step: workers move uint8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from dinat.data.seeding import derive, reseed
+from dinat.errors import UserError
+
+IGNORE = -1
+ATTEMPTS = 10  # neighbours tried in place of an unreadable training image before giving up
+
+Batch = tuple[torch.Tensor, torch.Tensor, list[str]]
+
+
+class Images(Dataset):
+    """Map-style images by key: `(index, epoch)` for training, a bare index for evaluation, `IGNORE` for a filler.
+
+    An unreadable image is replaced by the next one in training (`substitute`) and by a filler in evaluation, where
+    another image in its place would be counted twice.
+    """
+
+    def __init__(
+        self, source: Dataset, transform: Callable, size: Sequence[int], *, seed: int, substitute: bool
+    ) -> None:
+        self.source, self.transform, self.seed, self.substitute = source, transform, seed, substitute
+        self.filler = torch.zeros(tuple(size), dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int, list[str]]:
+        index, epoch = key if isinstance(key, tuple) else (key, None)
+        problems: list[str] = []
+        while index != IGNORE:
+            try:
+                image, target = self.read(index)
+            except Exception as error:  # decoders raise anything on malformed bytes: OSError, SyntaxError, struct.error
+                problems.append(f"{self.describe(index)}: {error}")
+                tries_left = self.substitute and len(problems) < ATTEMPTS
+                index = (index + 1) % len(self) if tries_left else IGNORE
+                continue
+            if epoch is not None:
+                reseed(self.seed, epoch, index)
+            return torch.as_tensor(self.transform(image)), int(target), problems
+        return self.filler, IGNORE, problems
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        if not isinstance(self.source, ImageDataset):
+            image, target = self.source[index]
+            return image.convert("RGB"), target
+        # Straight from timm's reader: ImageDataset itself puts the next image in place of one that it cannot read.
+        file, target = self.source.reader[index]
+        with file:
+            return Image.open(file).convert("RGB"), target
+
+    def describe(self, index: int) -> str:
+        try:
+            return str(self.source.filename(index, absolute=True))
+        except Exception:  # not every dataset can name its images
+            return f"image {index}"
+
+
+class Stream(IterableDataset):
+    """Images of a timm stream; every `stride`-th one from `offset` on, randomly transformed where `seed` is set.
+
+    A stream opens its files where it is iterated and keeps its place there, so it is always iterated in a worker
+    process that was forked for this epoch.
+    """
+
+    def __init__(
+        self, source: IterableDataset, transform: Callable, *, seed: int | None = None, stride: int = 1, offset: int = 0
+    ) -> None:
+        self.source, self.transform, self.seed, self.stride, self.offset = source, transform, seed, stride, offset
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, list[str]]]:
+        worker = get_worker_info().id
+        for count, (image, target) in enumerate(self.source):
+            if count % self.stride != self.offset:
+                continue
+            if self.seed is not None:
+                reseed(self.seed, self.epoch, self.offset, worker, count)
+            yield torch.as_tensor(self.transform(image)), int(target), []
+
+
+def collate(samples: list[tuple[torch.Tensor, int, list[str]]]) -> Batch:
+    """Stacks samples into a `Batch`."""
+    images, targets, problems = zip(*samples, strict=True)
+    return default_collate(list(images)), torch.tensor(targets), [line for lines in problems for line in lines]
+
+
+class TrainOrder:
+    """Batch sampler of one epoch: a permutation from (seed, epoch), shared out to processes, from any update on.
+
+    Update `u` of an epoch uses images `u * G ... (u + 1) * G` of the permutation, with G = batch_size * parts * ranks;
+    its `parts` batches (gradient accumulation) interleave with the other processes'. An incomplete last update is
+    dropped. So the images of an update do not depend on how it is divided among processes and parts.
+    """
+
+    def __init__(self, length: int, batch_size: int, parts: int, rank: int, ranks: int, seed: int) -> None:
+        self.length, self.batch_size, self.parts, self.rank, self.ranks, self.seed = (
+            length, batch_size, parts, rank, ranks, seed,
+        )  # fmt: skip
+        self.epoch = self.start = 0
+        self.updates = length // (batch_size * parts * ranks)
+
+    def __len__(self) -> int:
+        return (self.updates - self.start) * self.parts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(derive(self.seed, self.epoch)))
+        shares = self.parts * self.ranks
+        for update in range(self.start, self.updates):
+            images = order[update * self.batch_size * shares : (update + 1) * self.batch_size * shares].tolist()
+            for part in range(self.parts):
+                yield [(index, self.epoch) for index in images[part * self.ranks + self.rank :: shares]]
+
+
+class TrainLoader:
+    """Endless supply of training batches, addressable by epoch and update.
+
+    Args:
+        source: a dataset as `open_split` returns it.
+        transform: PIL image -> uint8 `(C, H, W)`.
+        batch_size: images per batch and process.
+        parts: batches per update (gradient accumulation).
+
+    Raises:
+        UserError: where the dataset is smaller than one update, or has fewer shards than there are processes.
+    """
+
+    def __init__(
+        self, source: Dataset, transform: Callable, size: Sequence[int], *, batch_size: int, parts: int, rank: int,
+        ranks: int, seed: int, workers: int, pin_memory: bool,
+    ) -> None:  # fmt: skip
+        self.parts = parts
+        common: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory}
+        if isinstance(source, IterableDataset):
+            workers = _stream_workers(source, workers, ranks)
+            dataset = Stream(source, transform, seed=seed + rank)
+            self.updates = len(source) // (batch_size * parts)  # the reader's length is this process's share
+            self.loader = DataLoader(
+                dataset, batch_size, drop_last=True, num_workers=workers, generator=torch.Generator(), **common
+            )
+        else:
+            dataset = Images(source, transform, size, seed=seed, substitute=True)
+            order = TrainOrder(len(dataset), batch_size, parts, rank, ranks, seed)
+            self.updates = order.updates
+            self.loader = DataLoader(
+                dataset, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0, **common
+            )
+        if not self.updates:
+            raise UserError(
+                f"batch_size={batch_size * parts * ranks} is larger than the training set. Set batch_size below that."
+            )
+        self.seed = seed
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from update `start` on: `parts` of them for each update."""
+        dataset = self.loader.dataset
+        if isinstance(dataset, Stream):
+            dataset.epoch = epoch
+            dataset.source.set_epoch(epoch)
+            self.loader.generator.manual_seed(derive(self.seed, epoch))  # timm's readers shuffle by the worker's seed
+            # A stream has no random access: what was seen is read again and passed over.
+            return islice(self.loader, start * self.parts, self.updates * self.parts)
+        self.loader.batch_sampler.epoch, self.loader.batch_sampler.start = epoch, start
+        return iter(self.loader)
+
+
+class EvalOrder:
+    """Batch sampler that shows every image to exactly one process, with fillers where a process would have one less."""
+
+    def __init__(self, length: int, batch_size: int, rank: int, ranks: int) -> None:
+        padded = list(range(length)) + [IGNORE] * (-length % ranks)
+        mine = padded[rank::ranks]
+        self.batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+def eval_loader(
+    source: Dataset, transform: Callable, size: Sequence[int], *, batch_size: int, rank: int, ranks: int, workers: int,
+    pin_memory: bool,
+) -> DataLoader:  # fmt: skip
+    """A loader of each image once over all processes; rows with target `IGNORE` are not images.
+
+    Of a stream, every process reads everything and keeps its share: exact, where timm's own division by shards
+    rounds the number of images up or down.
+    """
+    common: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory}
+    if isinstance(source, IterableDataset):
+        source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
+        workers = _stream_workers(source, workers, 1)
+        dataset = Stream(source, transform, stride=ranks, offset=rank)
+        return DataLoader(dataset, batch_size, num_workers=workers, **common)
+    dataset = Images(source, transform, size, seed=0, substitute=False)
+    order = EvalOrder(len(dataset), batch_size, rank, ranks)
+    return DataLoader(dataset, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0, **common)
+
+
+def _stream_workers(source: IterableDataset, workers: int, ranks: int) -> int:
+    """At least one worker, and no more than there are shards: one without a shard would wait for data for ever."""
+    info = getattr(source.reader, "split_info", None)
+    shards = len(getattr(info, "filenames", ())) or max(1, workers) * ranks  # unknown: as many as are asked for
+    if shards < ranks:
+        raise UserError(f"data.root: {shards} shards for {ranks} processes. Write at least one shard per process.")
+    workers = max(1, min(workers, shards // ranks))
+    source.set_loader_cfg(num_workers=workers)
+    return workers

@@ -1,0 +1,84 @@
+"""What is done to an image: timm's transforms on the host, normalisation and mixing on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+
+from dinat.errors import UserError
+
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+def resolve_preprocessing(data: Mapping[str, Any], model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
+    """timm's data config: `input_size` (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
+
+    The model's own `pretrained_cfg`, overridden by what `data` sets. `img_size` is the size the model was built for,
+    where it is not its native one.
+    """
+    chosen = {key: data[key] for key in PREPROCESSING if data[key] is not None}
+    if size := data["img_size"] or img_size:
+        height, width = (size, size) if isinstance(size, int) else size
+        chosen["input_size"] = (3, height, width)
+    return resolve_data_config(chosen, model=model)
+
+
+def train_transform(preprocessing: Mapping[str, Any], options: Mapping[str, Any]) -> Callable:
+    """PIL image -> uint8 `(C, H, W)` with timm's training augmentation; `options` are arguments of create_transform."""
+    try:
+        return create_transform(
+            preprocessing["input_size"], is_training=True, use_prefetcher=True, mean=preprocessing["mean"], **options
+        )
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"augment.transform={dict(options)}: timm's create_transform refuses it: {error}") from error
+
+
+def eval_transform(preprocessing: Mapping[str, Any]) -> Callable:
+    """PIL image -> uint8 `(C, H, W)`: resize and centre crop."""
+    return create_transform(**preprocessing, use_prefetcher=True)
+
+
+class Normalize(nn.Module):
+    """uint8 `(B, C, H, W)` of any device -> float32 on this one, normalised, in the wanted memory format."""
+
+    def __init__(self, preprocessing: Mapping[str, Any], device: torch.device, channels_last: bool = False) -> None:
+        super().__init__()
+        self.device, self.format = device, torch.channels_last if channels_last else torch.contiguous_format
+        for name in ("mean", "std"):
+            value = torch.tensor(preprocessing[name], device=device).mul(255).view(1, -1, 1, 1)
+            self.register_buffer(name, value, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.to(self.device, non_blocking=True).to(torch.float32, memory_format=self.format)
+        return images.sub_(self.mean).div_(self.std)
+
+
+class Augment(nn.Module):
+    """The part of the augmentation that works on a batch: random erasing, then mixup or cutmix.
+
+    Args:
+        augment: the `augment` section of the configuration.
+        num_classes: of the targets, which mixing turns from `(B,)` indices to `(B, num_classes)` probabilities.
+    """
+
+    def __init__(self, augment: Mapping[str, Any], num_classes: int, device: torch.device) -> None:
+        super().__init__()
+        erasing, mixup = augment["erasing"], augment["mixup"]
+        self.erase = None
+        if erasing["prob"]:
+            self.erase = RandomErasing(erasing["prob"], mode=erasing["mode"], max_count=erasing["count"], device=device)
+        self.mixup = None
+        if mixup["mixup_alpha"] or mixup["cutmix_alpha"]:
+            self.mixup = Mixup(**mixup, label_smoothing=augment["smoothing"], num_classes=num_classes)
+        # mixed targets are smoothed already
+        self.smoothing = 0.0 if self.mixup else augment["smoothing"]
+
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.erase is not None:
+            images = self.erase(images)
+        return self.mixup(images, targets) if self.mixup else (images, targets)

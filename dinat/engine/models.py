@@ -1,0 +1,151 @@
+"""Building a model from the configuration, and loading weights into it, with every mismatch named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from omegaconf import OmegaConf
+from timm.models import get_pretrained_cfg, load_state_dict
+from torch import Tensor, nn
+
+from dinat.errors import UserError, nearest
+
+# what says where weights lie and how they are read, of a timm pretrained_cfg
+WEIGHT_SOURCE = ("url", "file", "hf_hub_id", "hf_hub_filename", "custom_load", "num_classes", "classifier")
+
+
+def check_model_name(name: str, key: str = "model.name") -> None:
+    """Raises UserError for a name that timm does not know, with the nearest names."""
+    if ":" not in name and not timm.is_model(name):
+        known = timm.list_models()
+        raise UserError(f"{key}={name}: no such model.{nearest(name, known)} timm.list_models('dinat_*') lists ours.")
+
+
+def build_model(model: Mapping[str, Any], num_classes: int) -> nn.Module:
+    """`timm.create_model` with the `model` section of the configuration, and the initial weights it asks for.
+
+    Args:
+        model: name, pretrained, checkpoint, reset_head, drop_path_rate, kwargs.
+        num_classes: of the data, hence of the head.
+
+    Raises:
+        UserError: for an unknown name, an argument that the model does not take, or weights that do not fit.
+    """
+    name, pretrained = model["name"], model["pretrained"]
+    check_model_name(name)
+    overlay = None
+    if isinstance(pretrained, str):  # another model's weights
+        check_model_name(pretrained, "model.pretrained")
+        source = get_pretrained_cfg(pretrained)
+        if source is None:
+            raise UserError(f"model.pretrained={pretrained}: no such weights; timm.list_pretrained() lists them.")
+        overlay = {field: getattr(source, field) for field in WEIGHT_SOURCE}
+    try:
+        network = timm.create_model(
+            name,
+            pretrained=bool(pretrained),
+            pretrained_cfg_overlay=overlay,
+            num_classes=num_classes,
+            drop_path_rate=model["drop_path_rate"],
+            **to_dict(model["kwargs"]),
+        )
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        arguments = to_dict(model["kwargs"])
+        raise UserError(f"model.name={name} with model.kwargs={arguments} cannot be built: {error}") from error
+    if model["checkpoint"]:
+        load_weights(network, model["checkpoint"], reset_head=model["reset_head"], key="model.checkpoint")
+    return network
+
+
+def load_weights(
+    model: nn.Module, path: str | Path, *, reset_head: bool = False, use_ema: bool = True, key: str = "checkpoint"
+) -> None:
+    """Loads weights from a file into `model`, all of them or, with `reset_head`, all but the classifier's.
+
+    Reads what timm reads (.safetensors, .pth; `state_dict`, `state_dict_ema`, `module.` and so on) and the run folders
+    and checkpoints of this package; other layouts go through the model file's `checkpoint_filter_fn`.
+
+    Args:
+        use_ema: prefer the averaged weights where a checkpoint has both.
+        key: the configuration key that messages name.
+
+    Raises:
+        UserError: for a missing or unreadable file, another architecture, or another number of classes.
+    """
+    path = find_weights(path, key)
+    try:
+        state = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+    except Exception as error:  # a damaged file surfaces as anything from EOFError to UnpicklingError
+        raise UserError(f"{key}={path}: not a readable checkpoint: {error}") from error
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    own = model.state_dict()
+    if convert and state.keys() != own.keys():
+        state = convert(state, model)
+    if reset_head:
+        head = _classifier_keys(model)
+        state = {name: tensor for name, tensor in state.items() if name not in head}
+        state |= {name: own[name] for name in head & own.keys()}
+    check_fit(model, state, f"{key}={path}")
+    model.load_state_dict(state)
+
+
+def find_weights(path: str | Path, key: str) -> Path:
+    """The weights file that `path` means: itself, or the exported model or last checkpoint of a run folder."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{key}={path}: no such file or folder.")
+    if path.is_file():
+        return path
+    for name in ("model.safetensors", "last.pt"):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{key}={path}: the folder holds neither model.safetensors nor last.pt.")
+
+
+def _classifier_keys(model: nn.Module) -> set[str]:
+    names = model.pretrained_cfg.get("classifier") or ()
+    return {f"{n}.{part}" for n in ([names] if isinstance(names, str) else names) for part in ("weight", "bias")}
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Raises UserError, beginning with `what`, unless `state` has the names and shapes of the model's state dict."""
+    own, head = model.state_dict(), _classifier_keys(model)
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    reshaped = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
+    if not (missing or unexpected or reshaped):
+        return
+    if not (missing or unexpected) and reshaped <= head:
+        name = max(reshaped, key=lambda key: own[key].ndim)
+        raise UserError(
+            f"{what} has {len(state[name])} classes, the data has {len(own[name])}. "
+            "Set model.reset_head=true to start with a new head, or use the data that the head was trained on."
+        )
+    examples = "; ".join(
+        [f"lacks {name}" for name in sorted(missing)[:2]]
+        + [f"has {name}" for name in sorted(unexpected)[:2]]
+        + [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}" for name in sorted(reshaped)[:2]]
+    )
+    total = len(missing) + len(unexpected) + len(reshaped)
+    raise UserError(
+        f"{what} is of another architecture than this {type(model).__name__}: {total} entries differ ({examples})."
+    )
+
+
+def to_dict(section: Any) -> dict[str, Any]:
+    """A plain dict of a configuration section; {} for null."""
+    return OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else dict(section or {})
+
+
+def autocast_dtype(name: str) -> torch.dtype:
+    """The torch dtype of `runtime.dtype`. Raises UserError for any but float32, bfloat16, float16."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UserError(
+            f"runtime.dtype={name}: no such precision. Known: {', '.join(known)}.{nearest(str(name), known)}"
+        )
+    return known[name]

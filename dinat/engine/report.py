@@ -1,0 +1,223 @@
+"""What a person sees of a run: log lines, progress bars, tables, curves, and the optional trackers."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import logging
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dinat.engine.checkpoint import write_atomically, write_text
+from dinat.engine.scoring import Scores
+from dinat.errors import UserError
+
+log = logging.getLogger("dinat")
+console = Console(stderr=True)  # stdout is for results
+
+
+@contextlib.contextmanager
+def logging_to(run_dir: Path | None, primary: bool) -> Iterator[None]:
+    """Within, the package logs to the terminal and to `run_dir`/train.log; off rank 0, only warnings."""
+    if console.is_terminal:
+        terminal: logging.Handler = RichHandler(console=console, show_path=False, show_level=False)
+    else:
+        terminal = logging.StreamHandler()
+        terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handlers = [terminal]
+    if primary and run_dir:
+        handlers.append(logging.FileHandler(run_dir / "train.log", delay=True))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for handler in handlers:
+        log.addHandler(handler)
+    log.setLevel(logging.INFO if primary else logging.WARNING)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+class Bar:
+    """A progress bar with images per second and time left; without a terminal, a line now and then if `every` is set.
+
+    Args:
+        label: what is going on, e.g. "epoch 3/30".
+        total: steps, if known.
+        images: per step.
+        every: steps between the log lines that stand in for the bar; 0 for none.
+    """
+
+    def __init__(self, label: str, total: int | None, images: int, *, primary: bool, every: int = 0) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not (primary and console.is_terminal),
+        )
+        self.task = self.progress.add_task(label, total=total, note="", speed="")
+        self.label, self.total, self.images, self.every = label, total, images, every
+        self.note = ""
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def advance(self, completed: int, note: str | None = None) -> None:
+        """Sets the number of steps done, and what to say beside it."""
+        self.note = note or self.note
+        task = self.progress.tasks[self.task]
+        self.progress.update(self.task, completed=completed, note=self.note, speed=f"{self.speed:.0f} img/s")
+        if self.progress.disable and self.every and completed % self.every == 0:
+            left = f"{task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
+            log.info("%s  %d/%s  %s  %.0f img/s  %s", self.label, completed, self.total, self.note, self.speed, left)
+
+    @property
+    def speed(self) -> float:
+        """Images per second, over the last thousand steps at most."""
+        return (self.progress.tasks[self.task].speed or 0.0) * self.images
+
+
+def describe_environment(argv: Sequence[str], device: str, world_size: int) -> dict[str, Any]:
+    """What one needs to know to repeat a run: versions, git revision, machine, command line."""
+    packages = ("torch", "timm", "triton", "numpy", "torchvision")
+    return {
+        "argv": list(argv),
+        "dinat": metadata.version("dinat"),
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "platform": platform.platform(),
+        "device": device,
+        "world_size": world_size,
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Of the checkout that the code runs from; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    return None
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with a header, atomically; all rows have the first one's columns."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
+
+
+def draw_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Loss, top-1 and learning rate over epochs, as a picture."""
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    panels = {"loss": ("train_loss", "val_loss"), "top-1 (%)": ("train_top1", "val_top1"), "learning rate": ("lr",)}
+    for axes, (title, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for column in columns:
+            points = [(row["epoch"], row[column]) for row in history if row[column] is not None]
+            axes.plot(*zip(*points, strict=True), label=column, marker="." if len(points) < 50 else None)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if len(columns) > 1:
+            axes.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def draw_confusion(path: Path, scores: Scores, names: Sequence[str]) -> None:
+    """The confusion matrix, each row divided by its class's images, as a picture."""
+    matrix = scores.confusion / scores.total.clamp(min=1)[:, None]
+    side = min(20, max(5, 0.35 * len(matrix)))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(matrix) <= 50:  # more labels than that overlap
+        axes.set_xticks(range(len(matrix)), names, rotation=90)
+        axes.set_yticks(range(len(matrix)), names)
+    if len(matrix) <= 20:
+        for (row, column), images in zip(((i, j) for i in range(len(matrix)) for j in range(len(matrix))),
+                                         scores.confusion.flatten().tolist(), strict=True):  # fmt: skip
+            shade = "white" if matrix[row, column] > 0.5 else "black"
+            axes.text(column, row, images, ha="center", va="center", color=shade, fontsize=8)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+class Tracker:
+    """TensorBoard or Weights & Biases, or nothing: `log({name: number}, step)`.
+
+    Args:
+        logger: the `logger` section of the configuration.
+        config: the whole configuration, for W&B to show.
+        step: at which a resumed run starts; what TensorBoard has from later steps is superseded.
+
+    Raises:
+        UserError: for an unknown tracker, or one whose package is not installed.
+    """
+
+    def __init__(self, logger: Mapping[str, Any], run_dir: Path, config: Mapping[str, Any], step: int) -> None:
+        name = logger["name"]
+        self.writer = self.run = None
+        try:
+            if name == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+            elif name == "wandb":
+                import wandb
+
+                options = {key: value for key, value in logger.items() if key != "name"}
+                self.run = wandb.init(dir=str(run_dir), config=dict(config), id=run_dir.name, resume="allow", **options)
+            elif name is not None:
+                raise UserError(f"logger.name={name}: no such tracker. Known: tensorboard, wandb.")
+        except ImportError as error:
+            raise UserError(f"logger={name}: {error}. Install it with pip install 'dinat[loggers]'.") from error
+
+    def log(self, values: Mapping[str, float | None], step: int) -> None:
+        values = {key: value for key, value in values.items() if value is not None}
+        if self.run:
+            self.run.log(values, step=step)
+        if self.writer:
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        if self.run:
+            self.run.finish()
+        if self.writer:
+            self.writer.close()
+
+
+def argv() -> list[str]:
+    """The command line of this process."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

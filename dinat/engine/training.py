@@ -1,0 +1,467 @@
+"""Training: one loop, on one process or many, that can be stopped anywhere and continued exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch.utils.data import IterableDataset
+
+from dinat.data import (
+    IGNORE,
+    Augment,
+    Normalize,
+    TrainLoader,
+    class_to_idx,
+    eval_loader,
+    eval_transform,
+    open_split,
+    reseed,
+    resolve_preprocessing,
+    train_transform,
+)
+from dinat.data.loaders import Batch
+from dinat.engine import checkpoint, report
+from dinat.engine.distributed import World, gradient_sync, join, parallelize
+from dinat.engine.models import autocast_dtype, build_model, check_fit, check_model_name, to_dict
+from dinat.engine.optim import create_optimizer, create_schedule
+from dinat.engine.scoring import Scores, check_labels, measure, report_bad_images
+from dinat.errors import UserError, nearest
+
+log = report.log
+
+CHOICES = {
+    "runtime.parallel": ("ddp", "fsdp"),
+    "data.on_bad_image": ("skip", "fail"),
+    "checkpoint.export": ("last", "best"),
+}
+# what may differ when a run is continued without a word about it
+INCIDENTAL = (
+    "dir",
+    "resume",
+    "name",
+    "logger",
+    "checkpoint",
+    "eval_batch_size",
+    "runtime.workers",
+    "runtime.log_every",
+)
+CURVES_EVERY = 60.0  # seconds: drawing costs more than a short epoch
+
+
+class Interrupted(Exception):
+    """Training was told to stop by a signal, and saved its state first."""
+
+    def __init__(self, signum: int, run_dir: Path, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} after {step} updates; saved {run_dir / 'last.pt'}")
+        self.signum, self.run_dir = signum, run_dir
+
+
+def train(cfg: DictConfig, run_dir: str | Path) -> float:
+    """Trains, evaluates and exports a model as `configs/train.yaml` describes.
+
+    Args:
+        cfg: the composed configuration.
+        run_dir: where everything is written; rank 0's counts.
+
+    Returns:
+        Top-1 of the exported weights on the validation split, in percent.
+
+    Raises:
+        UserError: for a mistake in the configuration or the data, before the first update wherever possible.
+        Interrupted: after SIGTERM or Ctrl-C, with the state saved.
+    """
+    with join(cfg.runtime.device) as world:
+        run_dir = Path(world.agree(str(run_dir)))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            with report.logging_to(run_dir, world.primary):
+                return Trainer(cfg, run_dir, world).fit()
+        except UserError:
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()  # if nothing was written to it
+            raise
+
+
+class Trainer:
+    """The state of a run (model, average, optimizer, position) and what moves it forward."""
+
+    def __init__(self, cfg: DictConfig, run_dir: Path, world: World) -> None:
+        self.cfg, self.run_dir, self.world = cfg, run_dir, world
+        # What is cheap to check comes first: nothing heavy starts on a mistake.
+        self.check_choices()
+        dtype = autocast_dtype(cfg.runtime.dtype)
+        check_model_name(cfg.model.name)
+        resume = checkpoint.find_resume(cfg.resume, run_dir)
+        saved = checkpoint.read_checkpoint(resume) if resume else None
+
+        self.parts, per_process = cfg.runtime.grad_accum, self.batch_per_process()
+        train_set = open_split(cfg.data, "train", seed=cfg.seed, batch_size=per_process)
+        classes = class_to_idx(train_set)
+        val_set = open_split(cfg.data, "validation", class_map=classes)
+        self.num_classes = count_classes(cfg, classes)
+        self.class_names = [name for name, _ in sorted(classes.items(), key=lambda item: item[1])]
+
+        reseed(cfg.seed)
+        model = build_model(cfg.model, self.num_classes).to(world.device)
+        self.preprocessing = resolve_preprocessing(cfg.data, model, cfg.model.kwargs.get("img_size"))
+        if cfg.runtime.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if cfg.runtime.grad_checkpointing:
+            model.set_grad_checkpointing()
+        self.ema = None
+        if cfg.ema.decay is not None:
+            self.ema = ModelEmaV3(model, decay=cfg.ema.decay, use_warmup=cfg.ema.warmup)
+        if cfg.runtime.compile:
+            model.compile()
+        self.sharded = world.size > 1 and cfg.runtime.parallel == "fsdp"
+        if self.ema and self.sharded:
+            parallelize(self.ema.module, world, "fsdp", dtype)
+        self.model = model
+        self.parallel = parallelize(model, world, cfg.runtime.parallel, dtype)
+        self.optimizer = create_optimizer(cfg.optimizer, model)
+        self.autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+
+        share = {"rank": world.rank, "ranks": world.size, "workers": cfg.runtime.workers}
+        share["pin_memory"] = world.device.type == "cuda"
+        size = self.preprocessing["input_size"]
+        self.train_loader = TrainLoader(
+            train_set, train_transform(self.preprocessing, to_dict(cfg.augment.transform)), size,
+            batch_size=per_process, parts=self.parts, seed=cfg.seed, **share,
+        )  # fmt: skip
+        self.val_loader = eval_loader(
+            val_set, eval_transform(self.preprocessing), size, batch_size=cfg.eval_batch_size, **share
+        )
+        self.lockstep = self.sharded and isinstance(val_set, IterableDataset)
+        self.normalize = Normalize(self.preprocessing, world.device, cfg.runtime.channels_last)
+        self.augment = Augment(cfg.augment, self.num_classes, world.device)
+        self.updates = self.train_loader.updates
+        self.schedule, self.epochs = create_schedule(cfg.scheduler, self.optimizer, self.updates)
+
+        self.epoch = self.step = 0  # epochs finished, updates done
+        self.best: float | None = None
+        self.history: list[dict[str, Any]] = []
+        exact = torch.float32 if world.device.type == "mps" else torch.float64
+        self.meter = torch.zeros(3, dtype=exact, device=world.device)  # loss, hits, images of this epoch
+        if saved:
+            self.restore(saved, resume)
+
+    # ---- the loop ----
+
+    def fit(self) -> float:
+        """Trains to the end, from wherever the state is; returns the exported weights' top-1."""
+        if self.world.primary:
+            self.describe()
+        tracker_config = self.cfg.logger if self.world.primary else {"name": None}
+        self.tracker = report.Tracker(tracker_config, self.run_dir, to_dict(self.cfg), self.step)
+        drawn = -math.inf
+        with Stop() as self.stop:
+            for epoch in range(self.epoch, self.epochs):
+                row = self.train_epoch(epoch)
+                self.save("last.pt")  # a run killed while it evaluates only has that to do again
+                last = epoch + 1 == self.epochs
+                if last or (epoch + 1) % self.cfg.eval_every == 0:
+                    scores = self.evaluate(f"evaluation {epoch + 1}/{self.epochs}")
+                    row |= {"val_loss": scores.loss, "val_top1": scores.top1, "val_top5": scores.top5}
+                self.finish_epoch(row)
+                if self.world.primary and (last or time.monotonic() - drawn > CURVES_EVERY):
+                    report.draw_curves(self.run_dir / "curves.png", self.history)
+                    drawn = time.monotonic()
+                self.stop_if_asked()
+        self.tracker.close()
+        return self.export()
+
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
+        """The updates of an epoch that are still to do; returns the epoch's row of the summary."""
+        started, start = time.perf_counter(), self.step - epoch * self.updates
+        batches = self.train_loader.batches(epoch, start)
+        log_every, save_every = self.cfg.runtime.log_every, self.cfg.checkpoint.every_steps
+        self.model.train()
+        loss = top1 = lr = None
+        bar = report.Bar(
+            f"epoch {epoch + 1}/{self.epochs}", self.updates, self.cfg.batch_size,
+            primary=self.world.primary, every=log_every,
+        )  # fmt: skip
+        with bar:
+            for done in range(start + 1, self.updates + 1):
+                lr = max(group["lr"] for group in self.optimizer.param_groups)
+                self.update(batches)
+                note = None
+                if done % log_every == 0:
+                    loss, top1 = self.means()
+                    note = f"loss {loss:.4f}  top-1 {top1:.2f} %  lr {lr:.2e}"
+                    self.tracker.log({"train/loss": loss, "train/top1": top1, "lr": lr}, self.step)
+                bar.advance(done, note)
+                if done < self.updates:  # at the end of the epoch, fit() does both
+                    self.stop_if_asked(save=True)
+                    if save_every and self.step % save_every == 0:
+                        self.save("last.pt")
+        loss, top1 = self.means()
+        seconds = time.perf_counter() - started
+        row = {"epoch": epoch + 1, "step": self.step, "lr": lr, "train_loss": loss, "train_top1": top1}
+        return row | {"val_loss": None, "val_top1": None, "val_top5": None, "seconds": round(seconds, 2)}
+
+    def update(self, batches: Iterator[Batch]) -> None:
+        """One step of the optimizer, on `parts` batches."""
+        for part in range(self.parts):
+            images, targets, problems = next(batches)
+            report_bad_images(problems, self.cfg.data.on_bad_image)
+            check_labels(targets, self.num_classes)
+            if (targets == IGNORE).any():
+                raise UserError("data: an image without a label, or too many unreadable images in a row.")
+            # All that is random from here on (erasing, mixup, dropout, stochastic depth) follows from these numbers.
+            reseed(self.cfg.seed, self.world.rank, self.step, part)
+            images, targets = self.augment(self.normalize(images), targets.to(self.world.device, non_blocking=True))
+            with gradient_sync(self.parallel, part == self.parts - 1):
+                with self.autocast():
+                    logits = self.parallel(images)
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.augment.smoothing)
+                self.scaler.scale(loss / self.parts).backward()
+            labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
+            hits = (logits.argmax(dim=1) == labels).sum()
+            self.meter += torch.stack([loss.detach() * len(images), hits, hits.new_tensor(len(images))])
+        if self.cfg.optimizer.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.model.parameters(), self.cfg.optimizer.clip_grad, self.cfg.optimizer.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.schedule.step_update(self.step)
+        if self.ema:
+            self.ema.update(self.model, step=self.step)
+
+    def finish_epoch(self, row: dict[str, Any]) -> None:
+        """Records an epoch and saves what is due: the state, the best one, every N-th."""
+        self.epoch += 1
+        self.history.append(row)
+        self.meter.zero_()
+        names = ["last.pt"]
+        top1 = row["val_top1"]
+        if top1 is not None and (self.best is None or top1 > self.best):
+            self.best = top1
+            names.append("best.pt")
+        if self.cfg.checkpoint.every_epochs and self.epoch % self.cfg.checkpoint.every_epochs == 0:
+            names.append(f"epoch_{self.epoch:04d}.pt")
+        self.save(*names)
+        found = f"validation loss {row['val_loss']:.4f}  top-1 {top1:.2f} %" if top1 is not None else ""
+        log.info(
+            "epoch %d/%d  loss %.4f  top-1 %.2f %%  %s  lr %.2e  %.1f s",
+            self.epoch, self.epochs, row["train_loss"], row["train_top1"], found, row["lr"], row["seconds"],
+        )  # fmt: skip
+        self.tracker.log({key: value for key, value in row.items() if key.startswith(("val", "epoch"))}, self.step)
+        if self.world.primary:
+            report.write_csv(self.run_dir / "summary.csv", self.history)
+
+    def evaluate(self, label: str) -> Scores:
+        """Scores of the averaged weights if there are any, else of the model's, on the validation split."""
+        total = len(self.val_loader) if not isinstance(self.val_loader.dataset, IterableDataset) else None
+        with report.Bar(label, total, self.cfg.eval_batch_size * self.world.size, primary=self.world.primary) as bar:
+            return measure(
+                self.ema.module if self.ema else self.model,
+                self.val_loader,
+                self.world,
+                num_classes=self.num_classes,
+                prepare=self.normalize,
+                autocast=self.autocast,
+                on_bad_image=self.cfg.data.on_bad_image,
+                lockstep=self.lockstep,
+                tick=bar.advance,
+            )
+
+    def means(self) -> tuple[float, float]:
+        """Loss and top-1 (%) of this epoch so far, over all processes. Raises UserError if the loss is not finite."""
+        loss, hits, images = self.world.sum(self.meter).tolist()
+        if not math.isfinite(loss):
+            self.diverged(f"the loss became {loss / images}")
+        return loss / images, 100 * hits / images
+
+    def diverged(self, what: str) -> None:
+        last = self.run_dir / "last.pt"
+        kept = f"The last good checkpoint is {last}." if last.exists() else "No checkpoint had been saved yet."
+        raise UserError(
+            f"{what} by update {self.step}; training stopped. {kept} "
+            f"Try a lower optimizer.lr ({self.cfg.optimizer.lr}), a longer warm-up, or runtime.dtype=bfloat16."
+        )
+
+    def stop_if_asked(self, save: bool = False) -> None:
+        """Raises Interrupted, having saved the state, if any process has been told to stop."""
+        if self.world.any(self.stop.signum is not None):
+            if save:
+                self.save("last.pt")
+            raise Interrupted(self.stop.signum or signal.SIGTERM, self.run_dir, self.step)
+
+    # ---- what is kept ----
+
+    def save(self, *names: str) -> None:
+        """Writes the whole state of the run to each of the files, unless its weights have become useless."""
+        meter = self.world.sum(self.meter)
+        state: dict[str, Any] = {}
+        if self.world.primary or self.sharded:
+            state = {
+                "arch": self.cfg.model.name,
+                "num_classes": self.num_classes,
+                "classes": self.class_names,
+                "config": to_dict(self.cfg),
+                "state_dict": checkpoint.model_state(self.model),
+                "state_dict_ema": checkpoint.model_state(self.ema.module) if self.ema else None,
+                "optimizer": checkpoint.optimizer_state(self.model, self.optimizer),
+                "scaler": self.scaler.state_dict(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "best": self.best,
+                "history": self.history,
+                "meter": meter.tolist(),
+            }
+        weights = state["state_dict"].values() if self.world.primary else ()
+        if self.world.any(not all(tensor.isfinite().all() for tensor in weights)):
+            self.diverged("a weight became infinite or NaN")
+        if self.world.primary:
+            for name in names:
+                checkpoint.write_atomically(self.run_dir / name, partial(torch.save, state))
+
+    def restore(self, saved: dict[str, Any], path: Path) -> None:
+        """Takes over the state of a checkpoint, and says in which settings this run differs from that one."""
+        if saved["arch"] != self.cfg.model.name:
+            raise UserError(
+                f"resume={path} is of {saved['arch']}, model.name={self.cfg.model.name}. Use the same model."
+            )
+        check_fit(self.model, saved["state_dict"], f"resume={path}")
+        if bool(saved["state_dict_ema"]) != bool(self.ema):
+            raise UserError(f"resume={path} was trained {'with' if not self.ema else 'without'} ema.decay. Keep that.")
+        checkpoint.restore_model(self.model, saved["state_dict"])
+        if self.ema:
+            checkpoint.restore_model(self.ema.module, saved["state_dict_ema"])
+        checkpoint.restore_optimizer(self.model, self.optimizer, saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.epoch, self.step, self.best, self.history = (saved[key] for key in ("epoch", "step", "best", "history"))
+        self.schedule.step_update(self.step)
+        if self.world.primary:  # the sum over processes is what counts
+            self.meter.copy_(torch.tensor(saved["meter"]))
+        for key, old, new in config_differences(saved["config"], to_dict(self.cfg)):
+            log.warning("resume: %s was %s and is now %s; the run will not be what it would have been", key, old, new)
+        log.info("continuing %s after %d updates, in epoch %d/%d", path, self.step, self.epoch + 1, self.epochs)
+
+    def export(self) -> float:
+        """Writes the final weights as a timm model folder; returns their top-1 (%)."""
+        best = self.cfg.checkpoint.export == "best"
+        weights = checkpoint.model_state(self.ema.module if self.ema else self.model)
+        row = self.history[-1]
+        if best:
+            row = max((row for row in self.history if row["val_top1"] is not None), key=lambda row: row["val_top1"])
+        if self.world.primary:
+            if best:
+                saved = checkpoint.read_checkpoint(self.run_dir / "best.pt")
+                weights = saved["state_dict_ema"] or saved["state_dict"]
+            arguments = to_dict(self.cfg.model.kwargs)
+            plain = timm.create_model(self.cfg.model.name, num_classes=self.num_classes, **arguments)
+            plain.load_state_dict(weights)
+            checkpoint.export(plain, self.run_dir, self.preprocessing, arguments, self.class_names)
+        log.info(
+            "%s weights, epoch %d: top-1 %.2f %%, top-5 %.2f %%, loss %.4f on the validation split; %s",
+            self.cfg.checkpoint.export, row["epoch"], row["val_top1"], row["val_top5"], row["val_loss"],
+            self.run_dir / "model.safetensors",
+        )  # fmt: skip
+        return row["val_top1"]
+
+    def describe(self) -> None:
+        """Writes down what this run is: its configuration and its surroundings."""
+        environment = report.describe_environment(report.argv(), str(self.world.device), self.world.size)
+        checkpoint.write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
+        checkpoint.write_text(self.run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        log.info(
+            "%s, %.2f M parameters, %d classes, input %s, %d x %d updates of %d images on %d x %s; %s",
+            self.cfg.model.name, parameters / 1e6, self.num_classes, self.preprocessing["input_size"],
+            self.epochs, self.updates, self.cfg.batch_size, self.world.size, self.world.device, self.run_dir,
+        )  # fmt: skip
+
+    # ---- what is checked ----
+
+    def check_choices(self) -> None:
+        for key, known in CHOICES.items():
+            value = OmegaConf.select(self.cfg, key)
+            if value not in known:
+                raise UserError(
+                    f"{key}={value}: no such choice. Known: {', '.join(known)}.{nearest(str(value), known)}"
+                )
+        if self.cfg.runtime.parallel == "fsdp" and self.cfg.runtime.dtype == "float16":
+            raise UserError("runtime.dtype=float16: not with runtime.parallel=fsdp. Use bfloat16.")
+
+    def batch_per_process(self) -> int:
+        """Images per forward pass: `batch_size` counts those of an update, over all processes and parts."""
+        total, shares = self.cfg.batch_size, self.cfg.runtime.grad_accum * self.world.size
+        if total < 1 or total % shares:
+            raise UserError(
+                f"batch_size={total}: not a multiple of {self.world.size} processes x runtime.grad_accum="
+                f"{self.cfg.runtime.grad_accum}. batch_size counts the images of one update, over all of them."
+            )
+        mixup = self.cfg.augment.mixup
+        if (mixup.mixup_alpha or mixup.cutmix_alpha) and total // shares % 2:
+            raise UserError(
+                f"batch_size={total}: {total // shares} images per forward pass; mixup needs an even number."
+            )
+        return total // shares
+
+
+class Stop:
+    """Within, SIGTERM and Ctrl-C are noted in `signum` for the loop to see; a second Ctrl-C acts at once."""
+
+    def __enter__(self) -> Stop:
+        self.signum: int | None = None
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def note(self, signum: int, _: FrameType | None) -> None:
+        if self.signum == signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+
+def count_classes(cfg: DictConfig, classes: dict[str, int]) -> int:
+    """Classes of the data, on which the data itself, `data.num_classes` and `model.num_classes` must agree."""
+    found = {
+        "the data set": max(classes.values()) + 1 if classes else None,
+        "data.num_classes": cfg.data.num_classes,
+        "model.num_classes": cfg.model.num_classes,
+    }
+    known = {source: count for source, count in found.items() if count is not None}
+    if not known:
+        raise UserError(f"data.num_classes is not set, and data.name={cfg.data.name} does not tell. Set it.")
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{source} {count}" for source, count in known.items())
+        raise UserError(f"class counts differ: {listed}. Leave data.num_classes and model.num_classes at null.")
+    return next(iter(known.values()))
+
+
+def config_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Settings that differ between two configurations and bear on the result, as (key, old, new)."""
+    for name in sorted(old.keys() | new.keys()):
+        key, before, after = f"{prefix}{name}", old.get(name), new.get(name)
+        if key in INCIDENTAL or before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from config_differences(before, after, f"{key}.")
+        else:
+            yield key, before, after
