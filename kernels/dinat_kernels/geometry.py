@@ -30,7 +30,7 @@ class Neighborhood(NamedTuple):
 
 
 def _per_axis(name: str, value: int | Sequence[int], rank: int, kind: type) -> tuple:
-    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
     if len(values) != rank or not all(isinstance(v, int) for v in values):
         raise ValueError(f"{name} must be one {kind.__name__} or {rank} of them (one per axis), got {value!r}")
     return tuple(kind(v) for v in values)

@@ -1,0 +1,289 @@
+"""The operator against golden outputs, and the tiled backend against the dense float64 definition."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dinat_kernels import na1d, na2d, na3d
+from dinat_kernels.geometry import make_neighborhood
+from dinat_kernels.impl import tiled
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+NA = {1: na1d, 2: na2d, 3: na3d}
+GOLDEN = Path(__file__).parents[1] / "golden"
+RPB_CASES = json.loads((GOLDEN / "ops_rpb.json").read_text())
+GNA_CASES = json.loads((GOLDEN / "ops_gna.json").read_text())
+BACKENDS = ["reference", "torch"]
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "ops_rpb.safetensors") | load_file(GOLDEN / "ops_gna.safetensors")
+
+
+def golden_inputs(case: dict, fill) -> dict[str, torch.Tensor]:
+    prefix = case.get("seed_prefix", case["name"])
+    shape = (case["batch"], *case["spatial"], case["heads"], case["head_dim"])
+    inputs = {name: fill.tensor_for_input(f"{prefix}/{name}", shape) for name in ("q", "k", "v", "dout")}
+    if case["rpb"]:
+        table = (case["heads"],) + (2 * case["kernel_size"] - 1,) * case["rank"]
+        inputs["rpb"] = fill.tensor_for_input(f"{prefix}/rpb", table)
+    return inputs
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual, expected.to(actual.dtype), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", RPB_CASES + GNA_CASES, ids=lambda case: case["name"])
+def test_golden(case, backend, golden, fill):
+    """26 cases of NATTEN 0.14.6 (bias, backward) and 0.21.7 (stride, causal axes, even windows)."""
+    x = {name: tensor.requires_grad_() for name, tensor in golden_inputs(case, fill).items()}
+    out, lse = NA[case["rank"]](
+        x["q"],
+        x["k"],
+        x["v"],
+        case["kernel_size"],
+        dilation=case["dilation"],
+        stride=case.get("stride", 1),
+        is_causal=case.get("is_causal", False),
+        rpb=x.get("rpb"),
+        return_lse=True,
+        backend=backend,
+    )
+    close(out, golden[f"{case['name']}/out"], 2e-5)
+    close(lse, golden[f"{case['name']}/lse"], 2e-5)
+    if case["rpb"]:
+        out.backward(x["dout"])
+        for name in "qkv":
+            close(x[name].grad, golden[f"{case['name']}/d{name}"], 2e-5)
+        close(x["rpb"].grad, golden[f"{case['name']}/drpb"], 2e-4)
+
+
+def random_problem(seed: int) -> dict:
+    """A small problem: every third has k * d == L, every third L == k * d + 1, the others small windows on long axes."""
+    rng = random.Random(seed)
+    rank = rng.choice([1, 2, 2, 3])
+    longest = {1: 60, 2: 18, 3: 8}[rank]
+    spatial, kernel, dilation, stride, causal = [], [], [], [], []
+    for _ in range(rank):
+        k = rng.randint(1, {1: 9, 2: 7, 3: 4}[rank])
+        d = rng.randint(1, max(1, longest // k // 2))
+        length = [k * d, k * d + 1, rng.randint(k * d, max(k * d, longest))][seed % 3]
+        spatial.append(length)
+        kernel.append(k)
+        dilation.append(d)
+        stride.append(rng.choice([1, 1, rng.randint(1, k)]))
+        causal.append(rng.random() < 0.2)
+    kv_heads = rng.choice([1, 2])
+    return dict(
+        rank=rank,
+        batch=rng.choice([1, 3]),
+        spatial=spatial,
+        heads=kv_heads * rng.choice([1, 1, 3]),
+        kv_heads=kv_heads,
+        head_dim=rng.choice([1, 4, 8]),
+        value_dim=rng.choice([2, 8]),
+        rpb=rng.random() < 0.6 and not any(causal),
+        scale=rng.choice([None, 0.0, 0.7]),
+        window=dict(kernel_size=kernel, dilation=dilation, stride=stride, is_causal=causal),
+    )
+
+
+def random_inputs(p: dict, dtype: torch.dtype = torch.float64) -> list[torch.Tensor | None]:
+    at = (p["batch"], *p["spatial"])
+    q = torch.randn(*at, p["heads"], p["head_dim"], dtype=dtype)
+    k = torch.randn(*at, p["kv_heads"], p["head_dim"], dtype=dtype)
+    v = torch.randn(*at, p["kv_heads"], p["value_dim"], dtype=dtype)
+    table = [2 * k - 1 for k in p["window"]["kernel_size"]]
+    return [q, k, v, torch.randn(p["heads"], *table, dtype=dtype) if p["rpb"] else None]
+
+
+def run_with_gradients(p: dict, inputs: list, backend: str, grads: tuple) -> list[torch.Tensor]:
+    inputs = [None if x is None else x.clone().requires_grad_() for x in inputs]
+    q, k, v, rpb = inputs
+    outputs = NA[p["rank"]](q, k, v, **p["window"], scale=p["scale"], rpb=rpb, return_lse=True, backend=backend)
+    torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
+    return [*outputs, *(x.grad for x in inputs if x is not None)]
+
+
+def output_gradients(p: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    at = (p["batch"], *p["spatial"], p["heads"])
+    return torch.randn(*at, p["value_dim"], dtype=torch.float64), torch.randn(at, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_tiled_matches_the_definition(seed, monkeypatch):
+    """Outputs and all gradients, including those of lse; float64, so that only a real error shows."""
+    torch.manual_seed(seed)
+    if seed % 2:  # several chunks of work even at this size
+        monkeypatch.setattr(tiled, "_CHUNK", 200)
+    p = random_problem(seed)
+    inputs, grads = random_inputs(p), output_gradients(p)
+    actual = run_with_gradients(p, inputs, "torch", grads)
+    expected = run_with_gradients(p, inputs, "reference", grads)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(0, 12))
+def test_precision(seed, dtype):
+    """Against the float64 definition on the same rounded inputs: float32 arithmetic, one rounding of each result."""
+    torch.manual_seed(seed)
+    p = random_problem(seed)
+    inputs = [None if x is None else x.to(dtype) for x in random_inputs(p)]
+    grads = tuple(g.to(dtype).double() for g in output_gradients(p))
+    actual = run_with_gradients(p, inputs, "torch", grads)
+    exact = run_with_gradients(p, [None if x is None else x.double() for x in inputs], "reference", grads)
+    rounding = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    for a, e in zip(actual, exact, strict=True):
+        scale = max(1.0, e.abs().max().item())
+        torch.testing.assert_close(a.double() / scale, e / scale, atol=rounding, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_gradcheck(rank, backend):
+    spatial = {1: (9,), 2: (5, 6), 3: (3, 4, 3)}[rank]
+    q, k, v = (torch.randn(1, *spatial, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    dilation = {1: 2, 2: (1, 2), 3: 1}[rank]
+    rpb = torch.randn(2, *[5] * rank, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, rpb: NA[rank](q, k, v, 3, dilation=dilation, rpb=rpb, return_lse=True, backend=backend),
+        (q, k, v, rpb),
+    )
+
+
+def test_packed_projection_is_read_in_place():
+    """q, k, v as views of one packed projection, and transposed maps, give the same result as contiguous copies."""
+    packed = torch.randn(2, 6, 9, 3, 4, 8)
+    q, k, v = packed.unbind(3)
+    expected = na2d(q.contiguous(), k.contiguous(), v.contiguous(), 3)
+    torch.testing.assert_close(na2d(q, k, v, 3), expected, atol=0, rtol=0)
+    q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k, v))
+    torch.testing.assert_close(na2d(q, k, v, 3), expected.transpose(1, 2), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_window_of_one_returns_the_value(backend):
+    q, k, v = (torch.randn(2, 5, 7, 2, 4) for _ in range(3))
+    torch.testing.assert_close(na2d(q, k, v, 1, backend=backend), v)
+
+
+def test_window_of_the_map_is_dense_attention():
+    q, k, v = (torch.randn(2, 7, 7, 2, 8) for _ in range(3))
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)))
+    torch.testing.assert_close(na2d(q, k, v, 7).flatten(1, 2).transpose(1, 2), dense)
+
+
+def test_empty_batch():
+    q = torch.randn(0, 5, 5, 2, 4, requires_grad=True)
+    out = na2d(q, q, q, 3)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (0, 5, 5, 2, 4)
+
+
+def test_repeated_runs_are_bit_equal():
+    p = random_problem(5)
+    inputs, grads = random_inputs(p, torch.float32), output_gradients(p)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = run_with_gradients(p, inputs, "torch", grads)
+        second = run_with_gradients(p, inputs, "torch", grads)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_plans_are_cached_and_bounded():
+    limit = tiled._plan.cache_info().maxsize
+    for length in range(3, limit + 20):
+        x = torch.randn(1, length, 1, 2)
+        na1d(x, x, x, 3)
+    assert tiled._plan.cache_info().currsize <= limit
+    hits = tiled._plan.cache_info().hits
+    na1d(x, x, x, 3)
+    assert tiled._plan.cache_info().hits == hits + 1
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes():
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+@pytest.mark.parametrize("dilation", [1, 5])
+def test_no_tensor_grows_faster_than_the_map(dilation):
+    def largest(side: int) -> int:
+        q = torch.randn(1, side, side, 1, 4)
+        window = make_neighborhood(2, 7, dilation)
+        with LargestTensor() as record:
+            out, lse = tiled.attention(q, q, q, None, window, 1.0)
+            tiled.attention_backward(out, lse, q, q, q, None, out, lse, window, 1.0)
+        return record.numel
+
+    assert largest(128) <= 4.5 * largest(64)
+    assert largest(128) < 128**4 / 100
+
+
+def test_memory_at_256x256_tokens():
+    """Peak resident memory of forward and backward; one dense logits matrix would take 17 GB."""
+    script = """
+import resource, torch
+from dinat_kernels import na2d
+x = torch.randn(1, 256, 256, 1, 32, requires_grad=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+na2d(x, x, x, 7, backend="torch").sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    megabytes = int(run.stdout) / 1024  # ru_maxrss is in kilobytes on Linux
+    assert megabytes < 400, f"{megabytes:.0f} MB"
+
+
+Q = torch.randn(2, 8, 9, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(query=Q[0]), r"query must be 5-dimensional, .* got shape \(8, 9, 4, 8\)"),
+        (dict(query=Q.int()), "query must be a floating-point tensor, got torch.int32"),
+        (dict(key=Q.half()), "key must have the dtype and device of query, torch.float32 on cpu, got torch.float16"),
+        (dict(key=Q[:, :, :8]), r"key must have the batch and spatial sizes of query, \(2, 8, 9\), got \(2, 8, 8\)"),
+        (dict(key=Q[..., :4]), "key must have the head_dim of query, 8, got 4"),
+        (dict(value=Q[..., :2, :]), "value must have the heads of key, 4, got 2"),
+        (dict(key=Q[..., :3, :], value=Q[..., :3, :]), "multiple of those of key, got 4 and 3"),
+        (dict(kernel_size=5, dilation=2), r"kernel_size 5 \* dilation 2 = 10 > length 8 on axis 0"),
+        (dict(rpb=torch.zeros(4, 3, 3)), r"rpb must have shape .* = \(4, 5, 5\), got \(4, 3, 3\)"),
+        (dict(rpb=torch.zeros(4, 5, 5), is_causal=True), "rpb cannot be combined with a causal axis"),
+        (dict(backend="cuda"), "backend must be None or one of 'reference', 'torch', 'triton', got 'cuda'"),
+    ],
+)
+def test_bad_input(changes, message):
+    arguments = dict(query=Q, key=Q, value=Q, kernel_size=3) | changes
+    with pytest.raises(ValueError, match=message):
+        na2d(**arguments)
+
+
+def test_scale_defaults_to_the_inverse_root_and_zero_is_legal():
+    q, k, v = (torch.randn(1, 6, 6, 1, 4) for _ in range(3))
+    torch.testing.assert_close(na2d(q, k, v, 3), na2d(q, k, v, 3, scale=0.5))
+    out, lse = na2d(q, k, v, 3, scale=0.0, return_lse=True)
+    torch.testing.assert_close(lse, torch.full_like(lse, math.log(9)))
+    torch.testing.assert_close(out[0, 0, 0, 0], v[0, :3, :3, 0].mean((0, 1)))

@@ -1,0 +1,98 @@
+"""The layers: parameters, small-map padding, dropout, scripting."""
+
+import pytest
+import torch
+from dinat_kernels import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d, na2d
+from torch.nn import functional as F
+
+LAYERS = {1: NeighborhoodAttention1d, 2: NeighborhoodAttention2d, 3: NeighborhoodAttention3d}
+
+
+@pytest.mark.parametrize("rank", LAYERS)
+def test_parameters_have_the_published_names(rank):
+    layer = LAYERS[rank](16, 2, 3)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
+        "rpb": (2, *[5] * rank),
+        "qkv.weight": (48, 16),
+        "qkv.bias": (48,),
+        "proj.weight": (16, 16),
+        "proj.bias": (16,),
+    }
+
+
+def test_layer_is_projection_attention_projection():
+    layer, x = NeighborhoodAttention2d(16, 2, 3, 2, qk_scale=0.4), torch.randn(2, 7, 8, 16)
+    q, k, v = F.linear(x, layer.qkv.weight, layer.qkv.bias).view(2, 7, 8, 3, 2, 8).unbind(3)
+    out = na2d(q, k, v, 3, dilation=2, rpb=layer.rpb, scale=0.4, backend="reference")
+    torch.testing.assert_close(layer(x), layer.proj(out.flatten(-2)))
+
+
+@pytest.mark.parametrize("rank", LAYERS)
+def test_small_maps_are_padded_before_the_projection(rank):
+    layer = LAYERS[rank](16, 2, 3, 3)
+    x = torch.randn(2, *[5, 12, 7][:rank], 16)
+    padded = torch.zeros(2, *[9, 12, 9][:rank], 16)
+    inside = (slice(None), *(slice(n) for n in x.shape[1:-1]))
+    padded[inside] = x
+    torch.testing.assert_close(layer(x), layer(padded)[inside])
+
+
+@pytest.mark.parametrize("rank", LAYERS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_script_trace_and_compile(rank):
+    layer = LAYERS[rank](16, 2, 3, 2)
+    for sides in ([8, 7, 6], [4, 9, 5]):
+        x = torch.randn(2, *sides[:rank], 16)
+        expected = layer(x)
+        for version in (
+            torch.jit.script(layer),
+            torch.jit.trace(layer, x),
+            torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        ):
+            torch.testing.assert_close(version(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripted_layer_trains():
+    layer, x = NeighborhoodAttention2d(16, 2, 3), torch.randn(2, 6, 6, 16)
+    layer(x).sum().backward()
+    expected = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    torch.jit.script(layer)(x).sum().backward()
+    for p, grad in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+
+
+def test_attention_dropout_acts_in_training_only():
+    layer, x = NeighborhoodAttention2d(16, 2, 3, attn_drop=0.5), torch.randn(1, 6, 6, 16, requires_grad=True)
+    assert not torch.equal(layer(x), layer(x))
+    layer(x).sum().backward()
+    assert x.grad.isfinite().all()
+    assert layer.rpb.grad.isfinite().all()
+    layer.eval()
+    torch.testing.assert_close(layer(x), layer(x), atol=0, rtol=0)
+
+
+def test_attention_dropout_keeps_the_expectation():
+    layer, x = NeighborhoodAttention2d(8, 1, 3, attn_drop=0.3), torch.randn(1, 5, 5, 8)
+    with torch.no_grad():
+        mean = torch.stack([layer(x) for _ in range(4000)]).mean(0)
+        torch.testing.assert_close(mean, layer.eval()(x), atol=0.02, rtol=0)
+
+
+def test_factory_arguments():
+    layer = NeighborhoodAttention2d(16, 2, 3, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(dim=10, num_heads=3, kernel_size=3), "num_heads must divide dim, got num_heads=3 with dim=10"),
+        (dict(dim=8, num_heads=2, kernel_size=3, is_causal=True), "rel_pos_bias cannot be combined with a causal axis"),
+        (dict(dim=8, num_heads=2, kernel_size=3, stride=5), "stride must lie in"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        NeighborhoodAttention2d(**arguments)

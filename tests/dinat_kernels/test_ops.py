@@ -1,0 +1,152 @@
+"""The operator inside PyTorch's machinery: compile, export, autocast, torch.func, meta tensors, FLOPs, TorchScript."""
+
+import pytest
+import torch
+from dinat_kernels import backends, na2d
+from torch.export import Dim
+from torch.utils.flop_counter import FlopCounterMode
+
+forward, backward = torch.ops.dinat_kernels.attention, torch.ops.dinat_kernels.attention_backward
+
+
+def make(requires_grad: bool = False) -> list[torch.Tensor]:
+    """query, key, value of a (2, 8, 9) map with 4 heads, and a bias table for a 3x3 window."""
+    return [torch.randn(2, 8, 9, 4, 8, requires_grad=requires_grad) for _ in range(3)] + [
+        torch.randn(4, 5, 5, requires_grad=requires_grad)
+    ]
+
+
+def attend(q, k, v, rpb):
+    return na2d(q, k, v, 3, dilation=(1, 2), rpb=rpb, return_lse=True)
+
+
+class Attend(torch.nn.Module):
+    def __init__(self, rpb: torch.Tensor) -> None:
+        super().__init__()
+        self.rpb = torch.nn.Parameter(rpb)
+
+    def forward(self, q, k, v):
+        return attend(q, k, v, self.rpb)[0]
+
+
+WINDOW = ([3, 3], [1, 2], [1, 1], [0, 0], 0.3, "torch")
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_opcheck(with_bias):
+    q, k, v, rpb = make(requires_grad=True)
+    rpb = rpb if with_bias else None
+    torch.library.opcheck(forward, (q, k, v, rpb, *WINDOW))
+    with torch.no_grad():
+        out, lse = forward(q, k, v, rpb, *WINDOW)
+    grads = (torch.randn_like(out), torch.randn_like(lse))
+    q, k, v = (x.detach() for x in (q, k, v))
+    torch.library.opcheck(backward, (*grads, q, k, v, None if rpb is None else rpb.detach(), out, lse, *WINDOW))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(dynamic):
+    inputs = make(requires_grad=True)
+    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+
+    def outputs_and_gradients(function):
+        outputs = function(*inputs)
+        return [*outputs, *torch.autograd.grad(sum(o.sin().sum() for o in outputs), inputs)]
+
+    for a, e in zip(outputs_and_gradients(compiled), outputs_and_gradients(attend), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_export_is_plain_aten_with_dynamic_batch():
+    q, k, v, rpb = make()
+    model = Attend(rpb)
+    program = torch.export.export(model, (q, k, v), dynamic_shapes=[{0: Dim.DYNAMIC}] * 3)
+    assert not [node for node in program.graph.nodes if "dinat" in str(node.target)]
+    wider = [torch.cat([x, x, x]) for x in (q, k, v)]
+    torch.testing.assert_close(program.module()(*wider), model(*wider))
+
+
+@pytest.mark.parametrize(
+    "options", [dict(strict=True), dict(dynamic_shapes=[{0: Dim.DYNAMIC, 1: Dim.DYNAMIC}] * 3)], ids=["strict", "size"]
+)
+def test_export_keeps_the_operator_where_it_cannot_be_unrolled(options):
+    q, k, v, rpb = make()
+    model = Attend(rpb)
+    program = torch.export.export(model, (q, k, v), **options)
+    assert [node for node in program.graph.nodes if node.target is forward.default]
+    torch.testing.assert_close(program.module()(q, k, v), model(q, k, v))
+    if "dynamic_shapes" in options:
+        q, k, v = (torch.randn(3, 11, 9, 4, 8) for _ in range(3))
+        torch.testing.assert_close(program.module()(q, k, v), model(q, k, v))
+
+
+def test_vmap():
+    q, k, v, rpb = make()
+    queries, tables = torch.randn(3, *q.shape), torch.randn(4, 3, 5, 5)
+    each = torch.stack([attend(x, k, v, rpb)[0] for x in queries])
+    torch.testing.assert_close(torch.func.vmap(lambda x: attend(x, k, v, rpb)[0])(queries), each)
+    each = torch.stack([attend(q, k, v, t)[0] for t in tables.unbind(1)])
+    torch.testing.assert_close(torch.func.vmap(lambda t: attend(q, k, v, t)[0], in_dims=1)(tables), each)
+
+
+@pytest.mark.parametrize("argument", [0, 1, 3])
+def test_per_sample_gradients(argument):
+    _, k, v, rpb = make()
+    queries = torch.randn(3, *k.shape)
+
+    def loss(*inputs):
+        return sum(o.sin().sum() for o in attend(*inputs))
+
+    expected = []
+    for q in queries:
+        inputs = [x.clone().requires_grad_() for x in (q, k, v, rpb)]
+        expected.append(torch.autograd.grad(loss(*inputs), inputs[argument])[0])
+    actual = torch.func.vmap(torch.func.grad(loss, argnums=argument), in_dims=(0, None, None, None))(queries, k, v, rpb)
+    torch.testing.assert_close(actual, torch.stack(expected))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autocast_halves_activations_and_keeps_the_bias(backend):
+    q, k, v, rpb = make(requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = na2d(q, k, v, 3, rpb=rpb, return_lse=True, backend=backend)
+        out.float().sum().backward()
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    assert q.grad.dtype == rpb.grad.dtype == torch.float32
+    rounded = [x.detach().bfloat16().float() for x in (q, k, v)]
+    exact, exact_lse = na2d(*rounded, 3, rpb=rpb.detach(), return_lse=True)
+    torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse, exact_lse)  # autocast does not reach into the operator
+
+
+def test_meta_tensors():
+    q, k, v, rpb = (x.to("meta") for x in make())
+    out, lse = attend(q, k, v, rpb)
+    assert (out.shape, lse.shape, out.device.type) == ((2, 8, 9, 4, 8), (2, 8, 9, 4), "meta")
+
+
+def test_flops_count_visible_keys():
+    inputs = make(requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        attend(*inputs)[0].sum().backward()
+    product = 2 * 2 * 72 * 4 * 9 * 8  # one matrix product: 2 FLOP x batch x queries x heads x visible keys x head_dim
+    assert counter.get_total_flops() == product * (2 + 5)
+
+
+def test_second_derivative_is_refused():
+    q, k, v, _ = make(requires_grad=True)
+    (grad,) = torch.autograd.grad(na2d(q, k, v, 3).sin().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+    out = na2d(q, k, v, 3, backend="reference")
+    (grad,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
+    grad.sum().backward()
+
+
+def test_backends_say_what_runs_and_why_not():
+    available = backends()
+    assert available["reference"] is available["torch"] is None
+    assert available["triton"]
+    q, k, v, _ = make()
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run on cpu tensors here: "):
+        na2d(q, k, v, 3, backend="triton")
