@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 register_notrace_module(NeighborhoodAttention2d)  # its padding depends on the map size, which FX cannot trace
 
-Dilations = str | Sequence[Sequence[int | tuple[int, int]]] | None
+Dilations = int | str | Sequence[Sequence[int | tuple[int, int]]]
 
 
 class NATBlock(nn.Module):
@@ -98,7 +98,7 @@ def resolve_dilations(
     """The dilation of every block, one list per level (DiNAT, Hassani & Shi 2022, section 3.4).
 
     Args:
-        dilations: None for 1 everywhere (NAT). "max": odd blocks take the largest dilation that fits the level's map,
+        dilations: an int for every block (1: NAT). "max": odd blocks take the largest dilation that fits the level's map,
             `side // kernel_size` of its shorter side, as in ImageNet training. "gradual": odd blocks grow from half of
             the maximum to the maximum in cycles of three, the last level stays at the maximum, as in the published
             detection models. Or an explicit list of one list per level with one dilation per block.
@@ -109,11 +109,11 @@ def resolve_dilations(
     Raises:
         ValueError: unknown policy, or a list that does not have the shape of `depths`.
     """
-    if dilations is None:
-        return [[1] * depth for depth in depths]
+    if isinstance(dilations, int):
+        return [[dilations] * depth for depth in depths]
     if isinstance(dilations, str):
         if dilations not in ("max", "gradual"):
-            raise ValueError(f'dilations must be None, "max", "gradual" or a list of lists, got {dilations!r}')
+            raise ValueError(f'dilations must be an int, "max", "gradual" or a list of lists, got {dilations!r}')
         levels = []
         for i, (depth, kernel, size) in enumerate(zip(depths, kernel_sizes, feature_sizes, strict=True)):
             largest = max(1, min(side // k for side, k in zip(size, kernel, strict=True)))

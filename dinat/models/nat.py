@@ -141,7 +141,7 @@ class NAT(nn.Module):
         num_heads: Sequence[int] = (2, 4, 8, 16),
         mlp_ratio: float = 3.0,
         kernel_size: int | Sequence[int] | None = 7,
-        dilations: Dilations = None,
+        dilations: Dilations = 1,
         qkv_bias: bool = True,
         ls_init_value: float | None = None,
         stem_stride: int = 4,
@@ -237,7 +237,7 @@ class NAT(nn.Module):
         policy, sizes = self.dilation_policy, self._feature_sizes()
         if not self.isotropic:
             return resolve_dilations(policy, depths, kernel_sizes, sizes)
-        policy = policy if policy is None or isinstance(policy, str) else [policy]
+        policy = policy if isinstance(policy, (int, str)) else [policy]
         return [[d] for d in resolve_dilations(policy, [sum(depths)], kernel_sizes[:1], sizes[:1])[0]]
 
     @torch.jit.ignore
@@ -245,7 +245,7 @@ class NAT(nn.Module):
         self,
         img_size: int | tuple[int, int] | None = None,
         kernel_size: int | Sequence[int] | None = None,
-        dilations: Dilations = None,
+        dilations: Dilations | None = None,
     ) -> None:
         """Adapt the windows to another image size; weights stay, bias tables are resized if `kernel_size` changes.
 

@@ -68,7 +68,7 @@ def test_golden(case, backend, golden, fill):
 
 
 def random_problem(seed: int) -> dict:
-    """A small problem: every third has k * d == L, every third L == k * d + 1, the others small windows on long axes."""
+    """A small problem: every third has k * d == L, every third L == k * d + 1, the rest small k on long axes."""
     rng = random.Random(seed)
     rank = rng.choice([1, 2, 2, 3])
     longest = {1: 60, 2: 18, 3: 8}[rank]

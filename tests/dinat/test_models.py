@@ -1,0 +1,299 @@
+"""The models against the published ones: golden outputs, parameter counts, checkpoint keys, dilations, MACs."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.optim import create_optimizer_v2
+from torch.utils.flop_counter import FlopCounterMode
+
+import dinat  # noqa: F401  registers the models
+from dinat.models.nat import checkpoint_filter_fn
+
+GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "models.safetensors")
+CASES = sorted({key.split("/")[0] for key in GOLDEN})
+TAGGED = {
+    "dinat_large_21k": "dinat_large.shi_in22k",
+    "dinat_large_21k_11x11": "dinat_large_384_11x11.shi_in22k",
+    "dinat_s_large_21k": "dinat_s_large.shi_in22k",
+}
+PUBLISHED = [
+    *(f"nat_{size}" for size in ("mini", "tiny", "small", "base")),
+    *(f"dinat_{size}" for size in ("mini", "tiny", "small", "base", "large", "large_384", "large_384_11x11")),
+    *(f"dinat_s_{size}" for size in ("tiny", "small", "base", "large", "large_384")),
+    *(f"{kind}_{size}" for kind in ("nat_isotropic", "dinat_isotropic", "vitrpb") for size in ("small", "base")),
+    *TAGGED,
+]
+OURS = ["dinat_pico", "dinat_nano"]
+
+
+def published_weights(name: str, published: dict, fill=None) -> dict[str, torch.Tensor]:
+    """A checkpoint in the published layout; golden weights, or empty meta tensors without `fill`."""
+    weights = {}
+    for key, shape in published["keys"][name].items():
+        if key.endswith("relative_position_index"):
+            weights[key] = torch.zeros(shape, dtype=torch.int64)
+        else:
+            weights[key] = torch.empty(shape, device="meta") if fill is None else fill.tensor_for(key, tuple(shape))
+    return weights
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case, published, fill, tmp_path):
+    """Logits and stage statistics of the original code, through timm's own loading of a published checkpoint."""
+    name, size = case.split("@")
+    torch.save(published_weights(name, published, fill), tmp_path / "published.pth")
+    overlay = dict(file=str(tmp_path / "published.pth"))
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    image = fill.image(1, *map(int, size.split("x")))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(image)[0], GOLDEN[f"{case}/logits"], atol=1e-4, rtol=0)
+        final, stages = model.forward_intermediates(image)
+    for i, stage in enumerate([final] if model.isotropic else stages):
+        tokens = stage[0].flatten(1).T  # (tokens, channels)
+        close = dict(atol=1e-4, rtol=0)
+        torch.testing.assert_close(tokens.mean(0), GOLDEN[f"{case}/stage{i}_channel_mean"], **close)
+        torch.testing.assert_close(tokens.std(1), GOLDEN[f"{case}/stage{i}_token_std"], **close)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_variant(name, published):
+    """Parameter count, strict loading of the published keys, and dilations, on the meta device."""
+    facts = published["models"][name]
+    model = timm.create_model(TAGGED.get(name, name), device="meta")
+    assert sum(p.numel() for p in model.parameters()) == facts["params"]
+    model.load_state_dict(checkpoint_filter_fn(published_weights(name, published), model), strict=True)
+    dilations = facts["arch"].get("dilations") or [[1] * d for d in facts["arch"].get("depths", [12])]
+    if model.isotropic:
+        dilations = [[d] for d in torch.tensor(dilations).flatten().tolist()]
+    assert model.dilations == dilations
+    cfg = model.pretrained_cfg
+    assert list(cfg["input_size"]) == facts["input_size"]
+    assert (cfg["crop_pct"], cfg["interpolation"]) == (facts["crop_pct"], facts["interpolation"])
+    assert cfg["url"] == facts["checkpoint_url"]
+    assert not list(model.buffers())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_multiply_adds(name, published):
+    """Published MACs; ours count visible keys of the padded maps, as theirs did. Bias and norms are not counted."""
+    facts = published["models"][name]
+    model = timm.create_model(TAGGED.get(name, name), device="meta").eval()
+    image = torch.empty(1, 3, facts["gmacs_at"], facts["gmacs_at"], device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(facts["gmacs"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["dinat_mini", "nat_small", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"])
+def test_filter_is_idempotent(name, published, fill):
+    model = timm.create_model(name, device="meta")
+    once = checkpoint_filter_fn(published_weights(name, published, fill), model)
+    twice = checkpoint_filter_fn(once, model)
+    assert once.keys() == twice.keys() == model.state_dict().keys()
+    assert all(torch.equal(once[key], twice[key]) for key in once)
+
+
+def test_deprecated_names_map_to_tags():
+    for name, tagged in TAGGED.items():
+        with pytest.warns(UserWarning, match=f"Mapping deprecated model name {name} to current {tagged}"):
+            model = timm.create_model(name, device="meta")
+        assert model.num_classes == 21841
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_small_family(name):
+    model = timm.create_model(name, num_classes=10).eval()
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 4e6
+    assert not model.pretrained_cfg["url"]
+    for side in (32, 64, 96):
+        assert model(torch.randn(1, 3, side, side)).shape == (1, 10)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        timm.create_model(name, pretrained=True)
+
+
+def test_dilation_policies():
+    coco = timm.create_model("dinat_mini", img_size=800, dilations="gradual", device="meta")
+    assert coco.dilations == [
+        [1, 28, 1],
+        [1, 7, 1, 14],
+        [1, 3, 1, 5, 1, 7],
+        [1, 3, 1, 3, 1],
+    ]  # the published COCO model
+    assert timm.create_model("dinat_mini", dilations=1, device="meta").dilations == [[1] * d for d in (3, 4, 6, 5)]
+    explicit = [[1, 2, 3], [1, 1, 1, 1], [1, 2, 1, 2, 1, 2], [1, 1, 1, 1, (1, 2)]]
+    model = timm.create_model("dinat_mini", dilations=explicit, device="meta")
+    assert model.dilations == explicit
+    assert model.levels[3].blocks[4].attn.dilation == [1, 2]
+    assert timm.create_model("dinat_tiny", img_size=(192, 448), device="meta").dilations[0] == [1, 6, 1]
+    flat = timm.create_model("dinat_isotropic_small", dilations=[1, 2, 1] * 4, device="meta")
+    assert [level.blocks[0].attn.dilation[0] for level in flat.levels] == [1, 2, 1] * 4
+
+
+def test_set_input_size_recomputes_dilations_and_forward_does_not():
+    model = timm.create_model("dinat_pico", num_classes=3).eval()
+    before = [list(level) for level in model.dilations]
+    model(torch.randn(1, 3, 96, 64))
+    assert model.dilations == before
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.set_input_size(img_size=(96, 96))
+    assert model.dilations == [[1, 16], [1, 8], [1, 4] * 3]
+    assert [block.attn.dilation[0] for block in model.levels[0].blocks] == [1, 16]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+    model.set_input_size(dilations="gradual")
+    assert model.dilations[0] == [1, 16]
+    assert model.img_size == (96, 96)
+
+
+def test_set_input_size_resizes_bias_tables():
+    model = timm.create_model("dinat_pico", num_classes=3).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 3:
+            torch.nn.init.constant_(parameter, 0.25)
+    model.set_input_size(img_size=64, kernel_size=5)
+    block = model.levels[0].blocks[1]
+    assert block.attn.kernel_size == [5, 5]
+    assert block.attn.dilation == [6, 6]
+    torch.testing.assert_close(block.attn.rpb, torch.full((1, 9, 9), 0.25))
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_checkpoint_of_another_window_is_resized(published, fill, tmp_path):
+    torch.save(published_weights("dinat_mini", published, fill), tmp_path / "published.pth")
+    overlay = dict(file=str(tmp_path / "published.pth"))
+    model = timm.create_model("dinat_mini", pretrained=True, pretrained_cfg_overlay=overlay, kernel_size=5)
+    assert model.levels[0].blocks[0].attn.rpb.shape == (2, 9, 9)
+
+
+def test_full_attention_is_full_and_asks_for_its_size():
+    model = timm.create_model("vitrpb_small", img_size=(64, 96), num_classes=5).eval()
+    image = torch.randn(1, 3, 64, 96)
+    layer, x = model.levels[0].blocks[0].attn, torch.randn(2, 4, 6, 384)
+    with torch.no_grad():
+        assert model(image).shape == (1, 5)
+        q, k, v = layer.qkv(x).view(2, 24, 3, 12, 32).permute(2, 0, 3, 1, 4)
+        rows = torch.arange(4)[None, :] - torch.arange(4)[:, None] + 3
+        columns = torch.arange(6)[None, :] - torch.arange(6)[:, None] + 5
+        bias = layer.rpb[:, rows[:, None, :, None], columns[None, :, None, :]].reshape(12, 24, 24)
+        dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        torch.testing.assert_close(layer(x), layer.proj(dense.transpose(1, 2).reshape(2, 4, 6, 384)))
+    with pytest.raises(AssertionError, match="set_input_size"):
+        model(torch.randn(1, 3, 96, 96))
+    model.set_input_size(img_size=(96, 96))
+    assert model(torch.randn(1, 3, 96, 96)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["dinat_pico", "dinat_s_tiny", "dinat_isotropic_small"])
+def test_features_are_channels_last(name):
+    model = timm.create_model(name, device="meta")
+    image = torch.empty(2, 3, 64, 96, device="meta").to(memory_format=torch.channels_last)
+    final, features = model.forward_intermediates(image)
+    for feature in [final, *features]:
+        assert feature.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_features_only():
+    backbone = timm.create_model("dinat_mini", features_only=True, out_indices=(-3, -1), device="meta")
+    features = backbone(torch.empty(2, 3, 96, 160, device="meta"))
+    assert [tuple(f.shape) for f in features] == [(2, 128, 12, 20), (2, 512, 3, 5)]
+    assert backbone.feature_info.reduction() == [8, 32]
+    isotropic = timm.create_model("nat_isotropic_small", features_only=True, out_indices=(2, 5, 8, 11), device="meta")
+    features = isotropic(torch.empty(1, 3, 64, 96, device="meta"))
+    assert [tuple(f.shape) for f in features] == [(1, 384, 4, 6)] * 4
+
+
+def test_stage_norm():
+    """Each feature map is normed; the next level still receives the raw one."""
+    plain = timm.create_model("dinat_pico", features_only=True).eval()
+    normed = timm.create_model("dinat_pico", features_only=True, stage_norm=True).eval()
+    missing = normed.model.load_state_dict(
+        {key.replace("levels_", "levels."): value for key, value in plain.state_dict().items()}, strict=False
+    )
+    assert not missing.unexpected_keys
+    assert {key.split(".")[0] for key in missing.missing_keys} == {"norm0", "norm1", "norm2"}
+    image = torch.randn(1, 3, 32, 32)
+    for raw, out in zip(plain(image), normed(image), strict=True):
+        torch.testing.assert_close(
+            out, torch.nn.functional.layer_norm(raw.movedim(1, -1), raw.shape[1:2]).movedim(-1, 1)
+        )
+
+
+@pytest.mark.parametrize("name", ["dinat_pico", "nat_isotropic_small"])
+def test_impossible_output_stride(name):
+    with pytest.raises(ValueError, match=r"output_stride must be (8|16), the natural one of this model, got 4"):
+        timm.create_model(name, output_stride=4, device="meta")
+
+
+def test_wrong_dilations():
+    with pytest.raises(ValueError, match=r"one list per level with one entry per block, \[2, 2, 6\] entries"):
+        timm.create_model("dinat_pico", dilations=[[1, 1]], device="meta")
+    with pytest.raises(ValueError, match='"max", "gradual" or a list of lists, got \'large\''):
+        timm.create_model("dinat_pico", dilations="large", device="meta")
+
+
+def test_layer_decay_and_weight_decay_groups():
+    model = timm.create_model("dinat_pico", num_classes=10)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
+    names = {id(p): name for name, p in model.named_parameters()}
+    scale = {names[id(p)]: g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    decay = {names[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert scale["head.fc.weight"] == 1
+    assert scale["patch_embed.proj.0.weight"] == min(scale.values())
+    blocks = [f"levels.{i}.blocks.{j}.mlp.fc1.weight" for i, depth in enumerate((2, 2, 6)) for j in range(depth)]
+    assert [scale[a] < scale[b] for a, b in pairwise(blocks)] == [True] * 9
+    assert scale["levels.1.downsample.reduction.weight"] == scale["levels.1.blocks.0.mlp.fc1.weight"]
+    assert decay["levels.0.blocks.0.attn.rpb"] == 0
+    assert decay["levels.0.blocks.0.attn.qkv.weight"] == 0.05
+
+
+def test_gradient_checkpointing_and_drop_path_change_nothing_but_memory():
+    model = timm.create_model("dinat_pico", drop_path_rate=0.3, num_classes=4)
+    image = torch.randn(4, 3, 32, 32)
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        model.zero_grad()
+        model(image).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    model.set_grad_checkpointing()
+    for a, b in zip(plain, gradients(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_options_reach_their_modules():
+    model = timm.create_model(
+        "dinat_pico",
+        in_chans=1,
+        num_classes=7,
+        global_pool="max",
+        drop_rate=0.1,
+        proj_drop_rate=0.2,
+        attn_drop_rate=0.3,
+        drop_path_rate=0.4,
+        ls_init_value=1e-4,
+    )
+    last = model.levels[-1].blocks[-1]
+    assert (last.attn.proj_drop.p, last.attn.attn_drop, last.drop_path2.drop_prob) == (0.2, 0.3, pytest.approx(0.4))
+    assert last.ls1.gamma[0].item() == pytest.approx(1e-4)
+    assert model.head.drop.p == 0.1
+    assert model(torch.randn(2, 1, 32, 48)).shape == (2, 7)
+    model.reset_classifier(3)
+    assert model.head.global_pool.pool_type == "max"
+    assert model.head.drop.p == 0.1
+
+
+def test_reference_and_torch_backends_agree():
+    torch.manual_seed(0)
+    model = timm.create_model("dinat_pico", num_classes=10, backend="torch")
+    other = timm.create_model("dinat_pico", num_classes=10, backend="reference")
+    other.load_state_dict(model.state_dict())
+    image = torch.randn(2, 3, 40, 32)
+    for m in (model, other):
+        torch.nn.functional.cross_entropy(m(image), torch.tensor([1, 2])).backward()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
