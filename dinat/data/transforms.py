@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
@@ -31,11 +32,20 @@ def resolve_preprocessing(data: Mapping[str, Any], model: nn.Module, img_size: i
 def train_transform(preprocessing: Mapping[str, Any], options: Mapping[str, Any]) -> Callable:
     """PIL image -> uint8 `(C, H, W)` with timm's training augmentation; `options` are arguments of create_transform."""
     try:
-        return create_transform(
+        transform = create_transform(
             preprocessing["input_size"], is_training=True, use_prefetcher=True, mean=preprocessing["mean"], **options
         )
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"augment.transform={dict(options)}: timm's create_transform refuses it: {error}") from error
+    for operation in (op for step in transform.transforms for op in getattr(step, "ops", ())):  # RandAugment's
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = posterize
+    return transform
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's operation, but black for the 0 bits that it asks for at the highest magnitude: Pillow 13 refuses that."""
+    return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def eval_transform(preprocessing: Mapping[str, Any]) -> Callable:

@@ -118,7 +118,7 @@ class Trainer:
 
         reseed(cfg.seed)
         model = build_model(cfg.model, self.num_classes).to(world.device)
-        self.preprocessing = resolve_preprocessing(cfg.data, model, cfg.model.kwargs.get("img_size"))
+        self.preprocessing = resolve_preprocessing(cfg.data, model, to_dict(cfg.model.kwargs).get("img_size"))
         if cfg.runtime.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if cfg.runtime.grad_checkpointing:

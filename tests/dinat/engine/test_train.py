@@ -1,0 +1,144 @@
+"""Training from start to finish, and what it leaves behind."""
+
+import csv
+import json
+
+import pytest
+import timm
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from dinat.engine import train
+from dinat.engine.checkpoint import read_checkpoint
+from dinat.engine.training import Trainer
+
+
+def weights(run):
+    return load_file(run / "model.safetensors")
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_run_folder(trained):
+    run, top1 = trained
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "best.pt", "config.json", "config.yaml", "curves.png", "environment.json", "epoch_0001.pt", "epoch_0002.pt",
+        "last.pt", "model.safetensors", "summary.csv", "train.log",
+    }  # fmt: skip
+    rows = list(csv.DictReader((run / "summary.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[-1]["val_top1"]) == top1
+    assert OmegaConf.load(run / "config.yaml").model.name == "dinat_pico"
+    assert {"argv", "git", "torch", "timm", "device"} <= json.loads((run / "environment.json").read_text()).keys()
+    assert (run / "curves.png").stat().st_size > 10_000
+    assert "epoch 2/2" in (run / "train.log").read_text()
+
+
+def test_export_is_a_timm_model(trained):
+    run, _ = trained
+    model = timm.create_model(f"local-dir:{run}", pretrained=True)
+    assert equal(model.state_dict(), read_checkpoint(run / "last.pt")["state_dict_ema"])  # the average, as it was on
+    assert not equal(model.state_dict(), read_checkpoint(run / "last.pt")["state_dict"])
+    assert model.num_classes == 10
+    assert timm.data.resolve_data_config(model=model)["input_size"] == (3, 16, 16)
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+
+
+def test_checkpoint_is_readable_by_timm(trained):
+    run, _ = trained
+    state = timm.models.load_state_dict(str(run / "last.pt"), use_ema=False)
+    assert equal(state, read_checkpoint(run / "last.pt")["state_dict"])
+
+
+def test_same_seed_same_weights(tiny, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tiny(f"seed={seed}", "scheduler.epochs=1", "scheduler.warmup_epochs=0"), tmp_path / name)
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_training_learns(compose, tmp_path):
+    """A few updates on the real task; the full default job is measured outside of the test suite."""
+    kwargs = "{img_size: 16, embed_dim: 16, depths: [1, 1, 1], num_heads: [1, 2, 2]}"
+    top1 = train(
+        compose(
+            f"+model.kwargs={kwargs}", "data.img_size=16", "augment=none", "batch_size=32", "optimizer.lr=5e-3",
+            "scheduler.epochs=2", "scheduler.warmup_epochs=0", "runtime.device=cpu",
+        ),
+        tmp_path,
+    )  # fmt: skip
+    assert top1 > 50
+
+
+def test_gradient_accumulation_equals_one_batch(tiny, tmp_path):
+    for name, parts in (("whole", 1), ("parts", 3)):
+        train(tiny(f"runtime.grad_accum={parts}", "scheduler.epochs=1", "scheduler.warmup_epochs=0"), tmp_path / name)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("runtime.dtype=bfloat16", "runtime.channels_last=true", "runtime.grad_checkpointing=true"),
+        ("optimizer.layer_decay=0.7", "optimizer.clip_mode=agc", "optimizer.clip_grad=0.02"),
+        ("optimizer=sgd", "scheduler=linear", "augment=imagenet", "checkpoint.export=best", "eval_every=2"),
+        ("model.name=resnet10t", "model.kwargs=null", "logger=tensorboard", "ema.decay=0.9", "ema.warmup=true"),
+    ],
+    ids=["precision", "layer-decay", "sgd", "batch-norm"],
+)
+def test_options(tiny, tmp_path, options):
+    """Each option trains and exports, in as few updates as possible."""
+    cfg = tiny("scheduler.epochs=2", "scheduler.warmup_epochs=0", "batch_size=60", *options)
+    assert 0 <= train(cfg, tmp_path) <= 100
+    assert (tmp_path / "model.safetensors").exists()
+    assert (tmp_path / "tensorboard").exists() == ("logger=tensorboard" in options)
+
+
+def test_compiled_model_keeps_its_names(tiny, tmp_path, monkeypatch):
+    """The default backend takes minutes of C++ compilation on a CPU, so this leaves it out."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    options = ("scheduler.epochs=1", "scheduler.warmup_epochs=0", "batch_size=60")
+    train(tiny("runtime.compile=true", *options), tmp_path / "compiled")
+    monkeypatch.undo()
+    train(tiny(*options), tmp_path / "plain")
+    compiled, plain = weights(tmp_path / "compiled"), weights(tmp_path / "plain")
+    assert compiled.keys() == plain.keys()
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name])
+
+
+def test_fine_tuning_takes_all_but_the_head(trained, compose, tmp_path):
+    run, _ = trained
+    kwargs = "{img_size: 16, embed_dim: 8, depths: [1, 1, 1], num_heads: [1, 1, 1]}"
+    cfg = compose(
+        f"+model.kwargs={kwargs}", "data=folder", f"data.root={two_classes(tmp_path)}", "data.img_size=16",
+        f"model.checkpoint={run}", "model.reset_head=true", "batch_size=4", "runtime.device=cpu",
+    )  # fmt: skip
+    (tmp_path / "run").mkdir()
+    from dinat.engine.distributed import join
+
+    with join("cpu") as world:
+        model = Trainer(cfg, tmp_path / "run", world).model
+    source = weights(run)
+    differing = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, source[name])}
+    assert {name.split(".")[0] for name in differing} == {"head"}
+    assert model.num_classes == 2
+
+
+def two_classes(root):
+    from PIL import Image
+
+    for split in ("train", "validation"):
+        for name, shade in (("dark", 40), ("light", 200)):
+            folder = root / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (16, 16), (shade + index,) * 3).save(folder / f"{index}.png")
+    return root / "data"
