@@ -1,0 +1,89 @@
+"""The models where people use timm's: transformers, torchvision, segmentation_models_pytorch, compile, export."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+import dinat  # noqa: F401  registers the models
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 96)
+
+
+def test_transformers_timm_backbone(image):
+    from transformers import TimmBackbone, TimmBackboneConfig
+
+    config = TimmBackboneConfig(backbone="dinat_mini", out_indices=(0, 3), use_pretrained_backbone=False)
+    backbone = TimmBackbone(config).eval()
+    features = backbone(image).feature_maps
+    assert [tuple(f.shape) for f in features] == [(2, 64, 16, 24), (2, 512, 2, 3)]
+
+
+def test_transformers_timm_wrapper(image, tmp_path):
+    from timm.models._hub import save_for_hf
+    from transformers import AutoModelForImageClassification
+
+    model = timm.create_model("dinat_pico", num_classes=4).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("model_args", None)  # timm >= 1.0.30 writes it, transformers 5.23 then passes num_classes twice
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wrapper = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(wrapper(image).logits, model(image))
+
+
+def test_torchvision_feature_pyramid(image):
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+    model = timm.create_model("dinat_pico")
+    levels = {"levels_0": "0", "levels_1": "1", "levels_2": "2"}
+    flat = timm.create_model("dinat_pico", features_only=True)
+    flat.load_state_dict({key.replace("levels.", "levels_"): v for key, v in model.state_dict().items()}, strict=False)
+    pyramid = BackboneWithFPN(flat, levels, [32, 64, 128], 256)
+    shapes = {name: tuple(feature.shape) for name, feature in pyramid(image).items()}
+    assert shapes == {"0": (2, 256, 32, 48), "1": (2, 256, 16, 24), "2": (2, 256, 8, 12), "pool": (2, 256, 4, 6)}
+
+
+def test_segmentation_models_pytorch(image):
+    import segmentation_models_pytorch as smp
+
+    model = smp.Unet("tu-dinat_mini", encoder_weights=None, classes=5).eval()
+    assert model(image).shape == (2, 5, 64, 96)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("dinat_pico", {}), ("dinat_s_tiny", dict(depths=(2, 2, 2, 2))), ("vitrpb_small", dict(img_size=(64, 96)))],
+)
+def test_compile_whole_model(name, options, image):
+    """No graph break, and one compiled model serves other batch sizes."""
+    model = timm.create_model(name, num_classes=3, **options).eval()
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        for batch in (image, image[:1]):
+            torch.testing.assert_close(compiled(batch), model(batch), atol=1e-4, rtol=1e-4)
+
+
+def test_compile_training_step(image):
+    model = timm.create_model("dinat_pico", num_classes=3)
+    expected = torch.autograd.grad(model(image).square().sum(), list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True)
+    actual = torch.autograd.grad(compiled(image).square().sum(), list(model.parameters()))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny", "dinat_isotropic_small"])
+def test_export_whole_model(name, image):
+    """Plain ATen operations, any batch size."""
+    model = timm.create_model(name).eval()
+    program = torch.export.export(model, (image,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert not [node for node in program.graph.nodes if "dinat" in str(node.target)]
+    with torch.no_grad():
+        wider = torch.cat([image, image, image])
+        torch.testing.assert_close(program.module()(wider), model(wider), atol=1e-5, rtol=1e-5)
