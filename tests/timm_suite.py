@@ -13,9 +13,10 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import dinat  # noqa: F401  registers the models
 import pytest
 import timm
+
+import dinat  # noqa: F401  registers the models
 
 UP_TO_SMALL = "pico or nano or mini or tiny or small"  # the larger ones need up to 12 GB of memory
 

@@ -98,10 +98,10 @@ def resolve_dilations(
     """The dilation of every block, one list per level (DiNAT, Hassani & Shi 2022, section 3.4).
 
     Args:
-        dilations: an int for every block (1: NAT). "max": odd blocks take the largest dilation that fits the level's map,
-            `side // kernel_size` of its shorter side, as in ImageNet training. "gradual": odd blocks grow from half of
-            the maximum to the maximum in cycles of three, the last level stays at the maximum, as in the published
-            detection models. Or an explicit list of one list per level with one dilation per block.
+        dilations: an int for every block (1: NAT). "max": odd blocks take the largest dilation that fits the level's
+            map, `side // kernel_size` of its shorter side, as in ImageNet training. "gradual": odd blocks grow from
+            half of the maximum to the maximum in cycles of three, the last level stays at the maximum, as in the
+            published detection models. Or an explicit list of one list per level with one dilation per block.
         depths: blocks per level.
         kernel_sizes: (height, width) of each level's window, in tokens.
         feature_sizes: (height, width) of each level's map, in tokens.

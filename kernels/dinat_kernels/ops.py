@@ -1,7 +1,8 @@
-"""The operator as PyTorch sees it: schema, fake, autograd, vmap and FLOP formulas of one forward and one backward op.
+"""The operator as PyTorch sees it: schema, fake, autograd and vmap of one forward and one backward op.
 
 Registered this way it works under torch.compile, torch.export, FX, TorchScript, autocast (see `functional`),
-torch.func, meta tensors and FlopCounterMode, and a new backend changes none of that.  Nothing here imports Triton.
+torch.func, meta tensors and FlopCounterMode (see `flops`), and a new backend changes none of that.  Nothing here
+imports Triton.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from .geometry import Neighborhood, visible_pairs
+from .geometry import Neighborhood
 from .impl import implementation, resolve
 
 _lib = torch.library.Library("dinat_kernels", "DEF")
@@ -142,21 +142,3 @@ torch.library.register_vmap(
     _vmap(torch.ops.dinat_kernels.attention_backward, 5, lambda rpb, dim: rpb is not None),
     lib=_lib,
 )
-
-
-def _pair_flops(query: Sequence[int], *, inner: int, window: Sequence) -> int:
-    """2 FLOP per multiply-add, of `inner` multiply-adds for each visible (query, key) pair."""
-    batch, *spatial, heads, _ = query
-    return 2 * inner * batch * heads * visible_pairs(_window(*window), spatial)
-
-
-@register_flop_formula(torch.ops.dinat_kernels.attention)
-def _attention_flops(query, key, value, rpb, *args, out_shape=None, **kwargs) -> int:
-    return _pair_flops(query, inner=query[-1] + value[-1], window=args[:4])
-
-
-@register_flop_formula(torch.ops.dinat_kernels.attention_backward)
-def _attention_backward_flops(
-    grad_out, grad_lse, query, key, value, rpb, out, lse, *args, out_shape=None, **kwargs
-) -> int:
-    return _pair_flops(query, inner=3 * query[-1] + 2 * value[-1], window=args[:4])

@@ -70,7 +70,7 @@ def test_compile_whole_model(name, options, image):
 
 
 def test_compile_training_step(image):
-    model = timm.create_model("dinat_pico", num_classes=3)
+    model = timm.create_model("dinat_pico", num_classes=3, depths=(1, 1, 1))  # the backward takes long to compile
     expected = torch.autograd.grad(model(image).square().sum(), list(model.parameters()))
     compiled = torch.compile(model, fullgraph=True)
     actual = torch.autograd.grad(compiled(image).square().sum(), list(model.parameters()))

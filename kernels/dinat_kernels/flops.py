@@ -1,0 +1,66 @@
+"""FLOP formulas for `torch.utils.flop_counter.FlopCounterMode`: 2 per multiply-add of a visible (query, key) pair.
+
+PyTorch's module imports Triton, and warns where there is none.  So it is not imported here: the formulas are registered
+when somebody else imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import torch
+
+from .geometry import make_neighborhood, visible_pairs
+
+_FLOP_COUNTER = "torch.utils.flop_counter"
+
+
+def _flops(query: Sequence[int], inner: int, kernel_size, dilation, stride, is_causal) -> int:
+    """FLOP of products that take `inner` multiply-adds for each visible pair; `query` is the shape of the query."""
+    batch, *spatial, heads, _ = query
+    window = make_neighborhood(len(spatial), kernel_size, dilation, stride, is_causal)
+    return 2 * inner * batch * heads * visible_pairs(window, spatial)
+
+
+def _forward_flops(query, key, value, rpb, *window, out_shape=None, **kwargs) -> int:
+    return _flops(query, query[-1] + value[-1], *window[:4])
+
+
+def _backward_flops(grad_out, grad_lse, query, key, value, rpb, out, lse, *window, out_shape=None, **kwargs) -> int:
+    return _flops(query, 3 * query[-1] + 2 * value[-1], *window[:4])
+
+
+def _register(flop_counter: ModuleType) -> None:
+    flop_counter.register_flop_formula(torch.ops.dinat_kernels.attention)(_forward_flops)
+    flop_counter.register_flop_formula(torch.ops.dinat_kernels.attention_backward)(_backward_flops)
+
+
+class _RegisterOnImport(MetaPathFinder):
+    """Finds PyTorch's module once, as the usual finders do, and registers the formulas after it has run."""
+
+    def find_spec(self, fullname, path, target=None) -> ModuleSpec | None:
+        if fullname != _FLOP_COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            _register(module)
+
+        spec.loader.exec_module = run_and_register
+        return spec
+
+
+def register() -> None:
+    """Make FlopCounterMode know the operator, now or as soon as it is imported."""
+    if _FLOP_COUNTER in sys.modules:
+        _register(sys.modules[_FLOP_COUNTER])
+    else:
+        sys.meta_path.insert(0, _RegisterOnImport())
