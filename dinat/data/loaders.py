@@ -8,6 +8,9 @@ Normalisation, erasing and mixup happen on the device, in the training step: wor
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -103,6 +106,24 @@ def collate(samples: list[tuple[torch.Tensor, int, list[str]]]) -> Batch:
     return default_collate(list(images)), torch.tensor(targets), [line for lines in problems for line in lines]
 
 
+def shield_worker(_: int) -> None:
+    """Lets a worker outlive a SIGTERM or Ctrl-C sent to the whole job; it ends when its training process says so.
+
+    A scheduler signals every process of a job. A worker that died of it would make the training process raise in the
+    middle of an update, when its state cannot be saved.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # the way to learn who sent a signal; Linux has it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 class TrainOrder:
     """Batch sampler of one epoch: a permutation from (seed, epoch), shared out to processes, from any update on.
 
@@ -148,7 +169,7 @@ class TrainLoader:
         ranks: int, seed: int, workers: int, pin_memory: bool,
     ) -> None:  # fmt: skip
         self.parts = parts
-        common: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory}
+        common: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory, "worker_init_fn": shield_worker}
         if isinstance(source, IterableDataset):
             workers = _stream_workers(source, workers, ranks)
             dataset = Stream(source, transform, seed=seed + rank)
@@ -206,7 +227,7 @@ def eval_loader(
     Of a stream, every process reads everything and keeps its share: exact, where timm's own division by shards
     rounds the number of images up or down.
     """
-    common: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory}
+    common: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory, "worker_init_fn": shield_worker}
     if isinstance(source, IterableDataset):
         source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
         workers = _stream_workers(source, workers, 1)

@@ -63,6 +63,8 @@ class World:
 def join(device: str) -> Iterator[World]:
     """Joins the processes that torchrun, Slurm or submitit started, for the duration of the block.
 
+    A process group that exists already is used, and left as it is.
+
     Args:
         device: "auto", or a torch device name; among several processes each takes the device of its local rank.
 
@@ -70,17 +72,27 @@ def join(device: str) -> Iterator[World]:
         UserError: for a device that does not exist here.
     """
     device = _check_device(device)
+    if dist.is_initialized():
+        if device != "cpu":
+            device = f"{torch.device(device).type}:{os.environ['LOCAL_RANK']}"
+        yield _world(device)
+        return
     if "SLURM_JOB_ID" in os.environ and "MASTER_ADDR" not in os.environ and is_distributed_env():
         from submitit.helpers import TorchDistributedEnvironment  # a Slurm task was not started by torchrun
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
     info = init_distributed_device_so(device)
-    control = dist.new_group(backend="gloo") if info["distributed"] else None
     try:
-        yield World(torch.device(info["device"]), info["global_rank"], info["world_size"], control)
+        yield _world(info["device"])
     finally:
         if info["distributed"]:
             dist.destroy_process_group()
+
+
+def _world(device: str) -> World:
+    if not dist.is_initialized():
+        return World(torch.device(device))
+    return World(torch.device(device), dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
 
 
 def _check_device(name: str) -> str:

@@ -352,7 +352,7 @@ class Trainer:
         self.epoch, self.step, self.best, self.history = (saved[key] for key in ("epoch", "step", "best", "history"))
         self.schedule.step_update(self.step)
         if self.world.primary:  # the sum over processes is what counts
-            self.meter.copy_(torch.tensor(saved["meter"]))
+            self.meter.copy_(torch.tensor(saved["meter"], dtype=self.meter.dtype))
         for key, old, new in config_differences(saved["config"], to_dict(self.cfg)):
             log.warning("resume: %s was %s and is now %s; the run will not be what it would have been", key, old, new)
         log.info("continuing %s after %d updates, in epoch %d/%d", path, self.step, self.epoch + 1, self.epochs)

@@ -44,8 +44,13 @@ def same_state(left, right):
     for key in left:
         if isinstance(left[key], dict):
             same_state(left[key], right[key])
+        elif isinstance(left[key], list) and isinstance(left[key][0], dict):
+            for pair in zip(left[key], right[key], strict=True):
+                same_state(*pair)
         elif isinstance(left[key], torch.Tensor):
             assert torch.equal(left[key], right[key]), key
+        elif isinstance(left[key], tuple | list):  # torch turns tuples of the optimizer's settings into lists
+            assert list(left[key]) == list(right[key]), key
         else:
             assert left[key] == right[key], key
 
