@@ -82,7 +82,7 @@ def _attend(
         out, lse = reference.attention(query, key, value, rpb, window, scale)
     elif name == "torch" and _can_inline(query):
         # The exported program is then made of ATen operations alone and runs where dinat_kernels is not installed.
-        out, lse = tiled.attention(query, key, value, rpb, window, scale, chunk=None)
+        out, lse = tiled.unrolled_attention(query, key, value, rpb, window, scale, chunk=None)
     else:
         out, lse = ops.attention(query, key, value, rpb, *[list(map(int, axes)) for axes in window], scale, name)
     return (out, lse) if return_lse else out

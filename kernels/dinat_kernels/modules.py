@@ -132,7 +132,8 @@ class _NeighborhoodAttention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.training and self.attn_drop > 0:
             window = make_neighborhood(self.rank, self.kernel_size, self.dilation, self.stride, self.is_causal)
-            return tiled.attention(query, key, value, self.rpb, window, self.scale, dropout_p=self.attn_drop)[0]
+            run = tiled.unrolled_attention
+            return run(query, key, value, self.rpb, window, self.scale, dropout_p=self.attn_drop)[0]
         return (na1d, na2d, na3d)[self.rank - 1](
             query,
             key,

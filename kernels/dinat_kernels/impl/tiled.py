@@ -30,8 +30,9 @@ from .precision import without_autocast, working_dtype
 
 # Logits of a chunk: 1 MB in float32.  Larger chunks leave the cache and page-fault on every allocation.
 _CHUNK = 1 << 18
-# Gathering one key row costs about as much as 64 multiply-adds rows of a tile's matrix product (measured on AVX-512, k
-# = 7).
+# Entries of the additive tensor that a fused call reads: 16 MB in float32.
+_BIAS_CHUNK = 1 << 22
+# Gathering a key costs about as much as its products with 64 queries (measured, k = 7).
 _GATHER_COST = 64
 
 
@@ -91,22 +92,17 @@ def _choose_tiles(spatial: tuple[int, ...], window: Neighborhood) -> tuple[int, 
         windows = _axis_windows(length, k, d, s, causal)
         shortest, longest = length // d, group_length(length, d, 0)
         sizes = sorted({min(-(-longest // parts), shortest) for parts in range(1, longest + 1)})
-        costs = []
-        for tile in sizes[:32]:  # sizes beyond this are pointless, except the whole group
-            costs.append((tile, sum(-(-len(w[0]) // tile) for w in windows) * _key_span(windows, tile)))
-        if shortest not in sizes[:32]:
-            costs.append((shortest, sum(-(-len(w[0]) // shortest) for w in windows) * _key_span(windows, shortest)))
-        # Only sizes that beat all smaller ones on keys gathered can win.
-        best = math.inf
-        front = []
-        for tile, keys in costs:
-            if keys < best:
-                best = keys
-                front.append((tile, keys))
-        candidates.append(front)
+        pairs = []  # (tile size, keys gathered along the axis); only sizes that gather less than all smaller ones
+        for tile in [size for size in sizes if size <= 32 or size == shortest]:
+            keys = sum(-(-len(start) // tile) for start, _ in windows) * _key_span(windows, tile)
+            if not pairs or keys < pairs[-1][1]:
+                pairs.append((tile, keys))
+        candidates.append(pairs)
 
     def cost(choice: tuple[tuple[int, int], ...]) -> int:
-        return math.prod(keys for _, keys in choice) * (math.prod(tile for tile, _ in choice) + _GATHER_COST)
+        queries = math.prod(tile for tile, _ in choice)
+        gather = _GATHER_COST if queries < math.prod(spatial) else 0  # one tile is the map itself
+        return math.prod(keys for _, keys in choice) * (queries + gather)
 
     return tuple(tile for tile, _ in min(itertools.product(*candidates), key=cost))
 
@@ -134,6 +130,16 @@ class _Plan:
         if at not in self._tensors:
             self._tensors[at] = torch.tensor(source, device=device)
         return self._tensors[at]
+
+    @property
+    def is_one_tile(self) -> bool:
+        """Whether a single tile holds the whole map, its tokens in order."""
+        return math.prod(self.counts) == 1
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all tiles have the same bias."""
+        return math.prod(self.kinds) == 1
 
     @property
     def overlapping(self) -> bool:
@@ -292,14 +298,69 @@ def _logits(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.add_(bias)
 
 
-def _assemble(grid: list[list[Tensor]]) -> Tensor:
-    """Join chunks, one list of image chunks for every chunk of rows."""
+def _assemble(grid: list[list[Tensor]], dim: int) -> Tensor:
+    """Join chunks, one list of image chunks for every chunk of rows; `dim` is that of the tiles."""
     rows = [images[0] if len(images) == 1 else torch.cat(images) for images in grid]
-    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=dim)
+
+
+def _can_fuse(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch's fused CPU attention can compute the tiles."""
+    return query.device.type == "cpu" and query.shape[-2:] == key.shape[-2:] == value.shape[-2:] and query.numel() > 0
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: Neighborhood, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attention` with PyTorch's fused CPU attention in every tile, which keeps no logits."""
+    batch, *spatial, heads, _ = query.shape
+    plan, dtype, device = _plan(tuple(spatial), window), working_dtype(query.dtype), query.device
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    bias = plan.bias(rpb, dtype, device)
+    if bias is None or plan.uniform:  # all tiles of all images share the bias, and so one call
+        row_chunks, image_chunks = plan.chunks(heads, batch, None)
+        bias = None if bias is None else bias.view(1, -1, plan.query_slots, plan.key_slots)
+    else:
+        row_chunks, image_chunks = plan.chunks(heads, 1, _BIAS_CHUNK)[0], _slices(batch, 1)
+
+    def pick(x: Tensor, name: str, tiles: slice, images: slice) -> Tensor:
+        """Tiles of x: (images * tiles, heads, slots, dim)."""
+        x = x[images].flatten(1, -3)
+        if not plan.is_one_tile:
+            index = plan.tensor(name, device=device)[tiles]
+            x = x.index_select(1, index.flatten()).view(-1, index.shape[1], *x.shape[2:])
+        return x.transpose(1, 2)
+
+    outs: list[list[Tensor]] = []
+    lses: list[list[Tensor]] = []
+    for rows in row_chunks:
+        tiles = plan.tiles(rows)
+        tile_bias = bias if bias is None or plan.uniform else plan.tile_bias(bias, rows).transpose(0, 1)
+        outs.append([])
+        lses.append([])
+        for images in image_chunks:
+            q, k, v = (pick(query, "query", tiles, images), *(pick(x, "key", tiles, images) for x in (key, value)))
+            out, lse = fused(q, k, v, attn_mask=tile_bias, scale=scale)
+            for parts, x in ((outs, out), (lses, lse.unsqueeze(-1))):
+                parts[-1].append(x.transpose(1, 2).reshape(images.stop - images.start, -1, heads, x.shape[-1]))
+    out, lse = _assemble(outs, dim=1), _assemble(lses, dim=1)  # (batch, tiles * slots, heads, dim or 1)
+    if not plan.is_one_tile:
+        slot = plan.tensor("slot", device=device)
+        out, lse = out.index_select(1, slot), lse.index_select(1, slot)
+    return out.view(value.shape), lse.to(dtype).view(query.shape[:-1])
 
 
 @without_autocast
 def attention(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: Neighborhood, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Tiled forward pass; arguments and results as `reference.attention`."""
+    run = _fused_attention if _can_fuse(query, key, value) else unrolled_attention
+    return run(query, key, value, rpb, window, scale)
+
+
+@without_autocast
+def unrolled_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -310,10 +371,9 @@ def attention(
     dropout_p: float = 0.0,
     chunk: int | None = _CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """Tiled forward pass; arguments and results as `reference.attention`.
+    """`attention` in elementary operations, which can be traced, exported and differentiated by autograd.
 
-    Built of differentiable operations only, so it can be traced, exported and differentiated by autograd (which then
-    keeps the logits; `attention_backward` does not).
+    Differentiated so, it keeps the logits; `attention_backward` does not.
 
     Args:
         dropout_p: probability of zeroing an attention weight; the others are scaled by `1 / (1 - dropout_p)`.
@@ -343,8 +403,8 @@ def attention(
             weights = F.dropout(weights, dropout_p) if dropout_p else weights
             outs[-1].append(weights @ _gather(v[images], key_index, dtype))
     slot = plan.tensor("slot", device=device)
-    out = _ungather(_assemble(outs), slot, heads).to(value.dtype)
-    lse = _ungather(_assemble(lses), slot, heads)
+    out = _ungather(_assemble(outs, dim=2), slot, heads).to(value.dtype)
+    lse = _ungather(_assemble(lses, dim=2), slot, heads)
     return out.reshape(*query.shape[:-1], value.shape[-1]), lse.reshape(query.shape[:-1])
 
 
@@ -398,7 +458,7 @@ def attention_backward(
             if grad_rpb is not None:
                 grad_bias = grad_logits.sum(0).unflatten(2, (heads // kv_heads, -1)).transpose(1, 2).flatten(0, 1)
                 grad_rpb += plan.sum_bias_grad(grad_bias, rows)
-    grad_query = _ungather(_assemble(grad_q), plan.tensor("slot", device=device), heads).reshape(query.shape)
+    grad_query = _ungather(_assemble(grad_q, dim=2), plan.tensor("slot", device=device), heads).reshape(query.shape)
     return (
         grad_query.to(query.dtype),
         grad_k.to(key.dtype),
