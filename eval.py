@@ -4,8 +4,16 @@ Logs go to stderr; the last line on stdout is the result as JSON.
 """
 
 import hydra
+from omegaconf import DictConfig
 
 from dinat import cli
 
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="eval")
+def main(cfg: DictConfig) -> float:
+    """Returns top-1 (%) on the validation split."""
+    return cli.eval_job(cfg)
+
+
 if __name__ == "__main__":
-    cli.run(hydra.main(version_base="1.3", config_path="configs", config_name="eval")(cli.eval_job))
+    cli.run(main)

@@ -4,8 +4,16 @@ Without arguments it trains a small DiNAT on handwritten digits. On 8 GPUs: `tor
 """
 
 import hydra
+from omegaconf import DictConfig
 
 from dinat import cli
 
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Returns top-1 (%) on the validation split, which a Hydra sweeper maximises."""
+    return cli.train_job(cfg)
+
+
 if __name__ == "__main__":
-    cli.run(hydra.main(version_base="1.3", config_path="configs", config_name="train")(cli.train_job))
+    cli.run(main)

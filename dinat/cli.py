@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -22,17 +23,46 @@ from dinat import engine
 from dinat.errors import UserError, nearest
 
 USER_ERROR = 2  # exit status
+RANK = int(os.environ.get("RANK", 0))  # of this process, where torchrun started it
 
 
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Tells a user's mistake in one message, with exit status 2, and an interruption with how to continue.
+
+    Around the jobs themselves too, because Hydra announces what passes through it.
+    """
+    try:
+        yield
+    except UserError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error))
+    except engine.Interrupted as stopped:
+        kept = [arg for arg in sys.argv[1:] if not arg.startswith(("dir=", "resume=", "hydra.run.dir="))]
+        command = shlex.join([Path(sys.argv[0]).name, *kept, f"dir={stopped.run_dir}", "resume=auto"])
+        if RANK == 0:
+            print(f"{stopped}\ncontinue with: {command}", file=sys.stderr)
+        sys.exit(128 + stopped.signum)
+
+
+def fail(message: str) -> NoReturn:
+    """Prints an error and exits."""
+    print(f"error{f' (rank {RANK})' if RANK else ''}: {message}", file=sys.stderr)
+    sys.exit(USER_ERROR)
+
+
+@plainly()
 def train_job(cfg: DictConfig) -> float:
     """Hydra's job for training: the returned top-1 (%) is what a sweeper maximises."""
     return engine.train(cfg, HydraConfig.get().runtime.output_dir)
 
 
+@plainly()
 def eval_job(cfg: DictConfig) -> float:
     """Hydra's job for evaluation: prints the result as one line of JSON and returns top-1 (%)."""
     result = engine.evaluate(cfg)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if RANK == 0:
         print(json.dumps(result), flush=True)
     return result["top1"]
 
@@ -47,29 +77,13 @@ def evaluate() -> None:
     run(hydra.main(version_base="1.3", config_path="pkg://dinat.configs", config_name="eval")(eval_job))
 
 
+@plainly()
 def run(main: Callable[[], Any]) -> None:
-    """Calls a function made by `hydra.main`; a user's mistake ends it with one message and exit status 2."""
+    """Calls a function made by `hydra.main`."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # leave exceptions to us
-    if int(os.environ.get("RANK", 0)) > 0:
+    if RANK > 0:
         sys.argv.append("hydra.run.dir=.")  # rank 0 makes the run folder, and tells the others in engine.train
-    try:
-        main()
-    except UserError as error:
-        fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error))
-    except engine.Interrupted as stopped:
-        kept = [arg for arg in sys.argv[1:] if not arg.startswith(("dir=", "resume=", "hydra.run.dir="))]
-        command = shlex.join([Path(sys.argv[0]).name, *kept, f"dir={stopped.run_dir}", "resume=auto"])
-        print(f"{stopped}\ncontinue with: {command}", file=sys.stderr)
-        sys.exit(128 + stopped.signum)
-
-
-def fail(message: str) -> None:
-    """Prints an error and exits."""
-    rank = os.environ.get("RANK")
-    print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
-    sys.exit(USER_ERROR)
+    main()
 
 
 def explain(error: Exception) -> str:

@@ -41,9 +41,10 @@ def build_model(model: Mapping[str, Any], num_classes: int) -> nn.Module:
     overlay = None
     if isinstance(pretrained, str):  # another model's weights
         check_model_name(pretrained, "model.pretrained")
-        source = get_pretrained_cfg(pretrained)
-        if source is None:
-            raise UserError(f"model.pretrained={pretrained}: no such weights; timm.list_pretrained() lists them.")
+        try:
+            source = get_pretrained_cfg(pretrained)
+        except RuntimeError as error:
+            raise UserError(f"model.pretrained={pretrained}: {error} timm.list_pretrained() lists what is.") from error
         overlay = {field: getattr(source, field) for field in WEIGHT_SOURCE}
     try:
         network = timm.create_model(

@@ -29,7 +29,7 @@ def refused(tiny, tmp_path, monkeypatch):
     ("override", "message"),
     [
         ("model.name=dinat_pica", r"model\.name=dinat_pica: no such model\. Did you mean dinat_pico"),
-        ("model.pretrained=dinat_pico.nonsense", r"model\.pretrained=dinat_pico\.nonsense: no such weights"),
+        ("model.pretrained=dinat_pico.nonsense", r"model\.pretrained=dinat_pico\.nonsense: Invalid pretrained tag"),
         ("+model.kwargs.windows=3", r"model\.name=dinat_pico with model\.kwargs=.*windows"),
         ("model.checkpoint=/nowhere/x.pth", r"model\.checkpoint=/nowhere/x\.pth: no such file or folder"),
         ("data.root=/nowhere", r"data\.root=/nowhere: no such folder"),
@@ -41,7 +41,7 @@ def refused(tiny, tmp_path, monkeypatch):
         ("model.num_classes=7", r"class counts differ: the data set 10, model\.num_classes 7"),
         ("data.on_bad_image=ignore", r"data\.on_bad_image=ignore: no such choice\. Known: skip, fail"),
         ("runtime.device=cudda", r"runtime\.device=cudda: no such device.* Did you mean cuda"),
-        ("runtime.dtype=float8", r"runtime\.dtype=float8: no such precision.* Did you mean float16"),
+        ("runtime.dtype=float8", r"runtime\.dtype=float8: no such precision\. Known: float32, bfloat16, float16"),
         ("runtime.parallel=tensor", r"runtime\.parallel=tensor: no such choice\. Known: ddp, fsdp"),
         ("batch_size=1000", r"batch_size=1000 is larger than the training set"),
         ("runtime.grad_accum=5", r"batch_size=24: not a multiple of 1 processes x runtime\.grad_accum=5"),

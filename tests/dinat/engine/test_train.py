@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from dinat.engine import train
 from dinat.engine.checkpoint import read_checkpoint
 from dinat.engine.training import Trainer
+from dinat.errors import UserError
 
 
 def weights(run):
@@ -142,3 +143,47 @@ def two_classes(root):
             for index in range(4):
                 Image.new("RGB", (16, 16), (shade + index,) * 3).save(folder / f"{index}.png")
     return root / "data"
+
+
+def test_weights_of_another_model(trained, compose, tmp_path, monkeypatch):
+    """`model.pretrained=NAME.TAG` takes where weights lie from that model, and everything else from `model.name`."""
+    from dataclasses import replace
+
+    from timm.models import get_pretrained_cfg
+
+    from dinat.engine import models
+
+    run, _ = trained
+    source = replace(get_pretrained_cfg("dinat_pico"), file=str(run / "model.safetensors"), num_classes=10)
+    monkeypatch.setattr(models, "get_pretrained_cfg", lambda name: source)
+    kwargs = "{img_size: 16, embed_dim: 8, depths: [1, 1, 1], num_heads: [1, 1, 1]}"
+    cfg = compose("model.pretrained=dinat_nano.untrained", f"+model.kwargs={kwargs}")
+    model = models.build_model(cfg.model, num_classes=3)
+    state, loaded = model.state_dict(), weights(run)
+    assert state["head.fc.weight"].shape[0] == 3
+    assert all(torch.equal(state[name], loaded[name]) for name in loaded if not name.startswith("head.fc"))
+
+
+def test_trackers(tiny, tmp_path, monkeypatch):
+    """What goes to Weights & Biases, with a stand-in for it."""
+    import sys
+    import types
+
+    logged = []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: run))
+    options = ("scheduler.epochs=2", "scheduler.warmup_epochs=0", "batch_size=60", "runtime.log_every=1")
+    train(tiny("logger=wandb", *options), tmp_path)
+    assert [step for step, values in logged if "train/loss" in values] == [1, 2, 3, 4]
+    assert [step for step, values in logged if "val_top1" in values] == [2, 4]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"logger=wandb: .*pip install 'dinat\[loggers\]'"):
+        train(tiny("logger=wandb"), tmp_path / "other")
+
+
+def test_sweep_maximises_what_training_returns(python, command_line, tmp_path):
+    """Two jobs of a Hydra multirun get folders of their own."""
+    options = ("scheduler.epochs=1", "scheduler.warmup_epochs=0", "batch_size=120", f"hydra.sweep.dir={tmp_path}")
+    done = python("train.py", "-m", *command_line, *options, "seed=1,2")
+    assert done.returncode == 0, done.stderr
+    assert all((tmp_path / job / "model.safetensors").exists() for job in "01")
