@@ -116,7 +116,8 @@ def test_autocast_halves_activations_and_keeps_the_bias(backend):
     rounded = [x.detach().bfloat16().float() for x in (q, k, v)]
     exact, exact_lse = na2d(*rounded, 3, rpb=rpb.detach(), return_lse=True)
     torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(lse, exact_lse)  # autocast does not reach into the operator
+    # Autocast does not reach into the operator (that would cost 1e-2); the CPU's half kernel has an exp good to 2e-5.
+    torch.testing.assert_close(lse, exact_lse, atol=2e-4, rtol=0)
 
 
 def test_meta_tensors():
