@@ -1,4 +1,4 @@
-"""timm's own model tests on our models: `python tests/timm_suite.py [pytest's -k expression]`.
+"""timm's own model tests on our models: `python .ci/timm_suite.py [pytest's -k expression]`.
 
 Downloads the source distribution of the installed timm (its tests are not in the wheel) and runs its
 tests/test_models.py, unedited.  Its two forward_intermediates tests only collect timm's own modules; they are collected
