@@ -96,3 +96,13 @@ def test_factory_arguments():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         NeighborhoodAttention2d(**arguments)
+
+
+def test_inference_mode_first_and_training_later():
+    """What is cached in inference mode may be saved by autograd afterwards."""
+    layer, x = NeighborhoodAttention2d(8, 1, 3, attn_drop=0.1), torch.randn(1, 11, 13, 8)
+    with torch.inference_mode():
+        layer.eval()(x)
+        layer.train()(x)
+    layer(x).sum().backward()
+    assert layer.rpb.grad.isfinite().all()

@@ -123,13 +123,15 @@ class _Plan:
 
     def tensor(self, name: str, *, device: torch.device, axis: int | None = None) -> Tensor:
         """The index array `name` (of one axis) as a tensor on `device`, cached."""
-        source = getattr(self if axis is None else self.axes[axis], name)
-        if torch.compiler.is_compiling():  # a traced constant must not outlive its trace
-            return torch.tensor(source, device=device)
         at = (name, axis, device)
-        if at not in self._tensors:
-            self._tensors[at] = torch.tensor(source, device=device)
-        return self._tensors[at]
+        tensor = self._tensors.get(at)
+        if tensor is None or torch.compiler.is_compiling():
+            source = getattr(self if axis is None else self.axes[axis], name)
+            with torch.inference_mode(False):  # autograd may save it later
+                tensor = torch.tensor(source, device=device)
+            if type(tensor) is Tensor and not torch.compiler.is_compiling():  # what is traced must not outlive its trace
+                self._tensors[at] = tensor
+        return tensor
 
     @property
     def is_one_tile(self) -> bool:
