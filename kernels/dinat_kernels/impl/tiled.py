@@ -129,7 +129,7 @@ class _Plan:
             source = getattr(self if axis is None else self.axes[axis], name)
             with torch.inference_mode(False):  # autograd may save it later
                 tensor = torch.tensor(source, device=device)
-            if type(tensor) is Tensor and not torch.compiler.is_compiling():  # what is traced must not outlive its trace
+            if type(tensor) is Tensor and not torch.compiler.is_compiling():  # a traced one must not be kept
                 self._tensors[at] = tensor
         return tensor
 
