@@ -69,14 +69,14 @@ def _attend(
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
-    device = query.device
-    autocast = autocast_dtype(device.type)
+    autocast = autocast_dtype(query.device.type)
     if autocast is not None:  # the bias keeps its dtype: it is added to float32 logits
         query, key, value = query.to(autocast), key.to(autocast), value.to(autocast)
     if not torch.jit.is_tracing():  # where sizes are tensors
         _check_tensors(query, key, value, rpb, window)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = resolve(backend, device)
+    # An exported program should run anywhere: the choice is then the backend that consists of ATen operations.
+    name = "torch" if backend is None and _can_inline(query) else resolve(backend, query, value)
 
     if name == "reference":
         out, lse = reference.attention(query, key, value, rpb, window, scale)

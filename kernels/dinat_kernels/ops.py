@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Neighborhood
-from .impl import implementation, resolve
+from .impl import backward_implementation, implementation, resolve
 
 _lib = torch.library.Library("dinat_kernels", "DEF")
 # is_causal is 0 or 1 per axis: torch.jit.trace knows no lists of bool.
@@ -38,7 +38,7 @@ def _window(
 @torch.library.impl(_lib, "attention", "CompositeExplicitAutograd")
 def _attention(query, key, value, rpb, kernel_size, dilation, stride, is_causal, scale, backend):
     window = _window(kernel_size, dilation, stride, is_causal)
-    return implementation(resolve(backend or None, query.device)).attention(query, key, value, rpb, window, scale)
+    return implementation(resolve(backend or None, query, value)).attention(query, key, value, rpb, window, scale)
 
 
 @torch.library.impl(_lib, "attention_backward", "CompositeExplicitAutograd")
@@ -46,7 +46,7 @@ def _attention_backward(
     grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, dilation, stride, is_causal, scale, backend
 ):
     window = _window(kernel_size, dilation, stride, is_causal)
-    run = implementation(resolve(backend or None, query.device)).attention_backward
+    run = backward_implementation(resolve(backend or None, query, value)).attention_backward
     grads = run(grad_out, grad_lse, query, key, value, rpb, out, lse, window, scale)
     return [grad for grad in grads if grad is not None]
 

@@ -1,44 +1,80 @@
 """Implementations of the operator, and the choice between them.
 
-A backend is a module with `attention` and `attention_backward` (see `tiled`).  Backends share `geometry`, never each
-other.
+A backend is a module with `attention` and `attention_backward` (see `tiled`); one that has no backward pass is served
+by the tiled one, which needs nothing but inputs, outputs and lse.  Backends share `geometry`, never each other.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
+from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from . import tiled
 
 BACKENDS = ("reference", "torch", "triton")
+# What the Triton kernels cover.
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_TRITON_MAX_DIM = 128
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unavailable(backend: str, device: torch.device | None = None) -> str | None:
     """Why `backend` cannot run (on tensors of `device`, if given), or None if it can."""
     if backend != "triton":
         return None
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_installed():
         return "the package triton is not installed"
-    return "this version of dinat_kernels has no Triton kernels yet"
+    if device is None:
+        return None if torch.cuda.is_available() or _interpreting() else "no CUDA or ROCm device"
+    if device.type == "cuda" or (device.type == "cpu" and _interpreting()):
+        return None
+    return "Triton kernels need CUDA or ROCm tensors (or CPU tensors and TRITON_INTERPRET=1, for tests)"
 
 
-def resolve(backend: str | None, device: torch.device) -> str:
-    """The backend that serves tensors on `device`.  An explicit request is granted or refused, never replaced.
+def unsupported(backend: str, query: Tensor, value: Tensor) -> str | None:
+    """Why `backend` does not cover this dtype or head size, or None if it does."""
+    if backend != "triton":
+        return None
+    if query.dtype not in _TRITON_DTYPES:
+        return f"the Triton kernels have no {query.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > _TRITON_MAX_DIM:
+        return f"the Triton kernels have no head_dim or value_dim above {_TRITON_MAX_DIM}"
+    return None
+
+
+def resolve(backend: str | None, query: Tensor, value: Tensor) -> str:
+    """The backend that serves these tensors.  An explicit request is granted or refused, never replaced.
+
+    The choice is "triton" for CUDA and ROCm tensors that its kernels cover, else "torch".
 
     Raises:
         ValueError: no backend has this name.
         RuntimeError: the backend asked for cannot run here; the message says why.
     """
     if backend is None:
-        return "torch" if unavailable("triton", device) else "triton"
+        fused = query.device.type == "cuda" and not (
+            unavailable("triton", query.device) or unsupported("triton", query, value)
+        )
+        return "triton" if fused else "torch"
     if backend not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
-    reason = unavailable(backend, device)
+    reason = unavailable(backend, query.device) or unsupported(backend, query, value)
     if reason is not None:
-        raise RuntimeError(f"backend={backend!r} cannot run on {device.type} tensors here: {reason}")
+        raise RuntimeError(f"backend={backend!r} cannot run on {query.device.type} tensors here: {reason}")
     return backend
 
 
@@ -47,6 +83,13 @@ def backends() -> dict[str, str | None]:
     return {name: unavailable(name) for name in BACKENDS}
 
 
+@cache
 def implementation(backend: str) -> ModuleType:
     """The module behind an operator backend (the reference is not one: autograd differentiates it)."""
-    return {"torch": tiled}[backend]
+    return tiled if backend == "torch" else importlib.import_module(".fused", __package__)
+
+
+def backward_implementation(backend: str) -> ModuleType:
+    """The module that has the backward pass of an operator backend."""
+    module = implementation(backend)
+    return module if hasattr(module, "attention_backward") else tiled
