@@ -20,7 +20,7 @@ from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
-from dinat.data.seeding import derive, reseed
+from dinat.data.seeding import derive, reseed_host
 from dinat.errors import UserError
 
 IGNORE = -1
@@ -57,7 +57,7 @@ class Images(Dataset):
                 index = (index + 1) % len(self) if tries_left else IGNORE
                 continue
             if epoch is not None:
-                reseed(self.seed, epoch, index)
+                reseed_host(self.seed, epoch, index)
             return torch.as_tensor(self.transform(image)), int(target), problems
         return self.filler, IGNORE, problems
 
@@ -96,7 +96,7 @@ class Stream(IterableDataset):
             if count % self.stride != self.offset:
                 continue
             if self.seed is not None:
-                reseed(self.seed, self.epoch, self.offset, worker, count)
+                reseed_host(self.seed, self.epoch, self.offset, worker, count)
             yield torch.as_tensor(self.transform(image)), int(target), []
 
 

@@ -8,8 +8,10 @@ would have drawn, whatever the number of loader workers and wherever in the epoc
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
-from timm.utils import random_seed
+import torch
 
 
 def derive(*facts: int) -> int:
@@ -18,5 +20,18 @@ def derive(*facts: int) -> int:
 
 
 def reseed(*facts: int) -> None:
-    """Seeds Python's, NumPy's and PyTorch's global generators (all devices) from `facts`."""
-    random_seed(derive(*facts))
+    """Seeds Python's, NumPy's and PyTorch's global generators, those of all devices included."""
+    seed = reseed_host(*facts)
+    torch.manual_seed(seed)
+
+
+def reseed_host(*facts: int) -> int:
+    """Seeds the generators that work on the CPU, and returns the seed.
+
+    For each image, where `torch.manual_seed` would cost a millisecond: it prepares a stack trace for every accelerator.
+    """
+    seed = derive(*facts)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - timm draws from the global generator
+    torch.default_generator.manual_seed(seed)
+    return seed

@@ -116,13 +116,14 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 def merge_data(data: DictConfig, trained: Mapping[str, Any] | None) -> dict[str, Any]:
     """The `data` section to use: the given one if it names a data set, else the run's with what is given changed."""
     given = to_dict(data)
-    if given["name"] is not None:
-        return given
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if "name" in chosen:
+        return {**given, "val_split": "validation", "on_bad_image": "skip", "download": False, **chosen}
     if not trained:
         raise UserError(
             "data is not chosen, and the checkpoint does not tell. Set it, e.g. data=folder data.root=PATH."
         )
-    return {**trained, **{key: value for key, value in given.items() if value is not None}}
+    return {**trained, **chosen}
 
 
 def model_section(model: DictConfig, origin: Origin) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def draw_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
 
 def draw_confusion(path: Path, scores: Scores, names: Sequence[str]) -> None:
     """The confusion matrix, each row divided by its class's images, as a picture."""
-    matrix = scores.confusion / scores.total.clamp(min=1)[:, None]
+    matrix = (scores.confusion / scores.total.clamp(min=1)[:, None]).numpy()
     side = min(20, max(5, 0.35 * len(matrix)))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()

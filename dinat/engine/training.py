@@ -106,7 +106,7 @@ class Trainer:
         self.check_choices()
         dtype = autocast_dtype(cfg.runtime.dtype)
         check_model_name(cfg.model.name)
-        resume = checkpoint.find_resume(cfg.resume, run_dir)
+        resume = world.agree(checkpoint.find_resume(cfg.resume, run_dir))
         saved = checkpoint.read_checkpoint(resume) if resume else None
 
         self.parts, per_process = cfg.runtime.grad_accum, self.batch_per_process()
@@ -154,6 +154,7 @@ class Trainer:
         self.schedule, self.epochs = create_schedule(cfg.scheduler, self.optimizer, self.updates)
 
         self.epoch = self.step = 0  # epochs finished, updates done
+        self.lr = 0.0  # of the last update
         self.best: float | None = None
         self.history: list[dict[str, Any]] = []
         exact = torch.float32 if world.device.type == "mps" else torch.float64
@@ -192,20 +193,18 @@ class Trainer:
         batches = self.train_loader.batches(epoch, start)
         log_every, save_every = self.cfg.runtime.log_every, self.cfg.checkpoint.every_steps
         self.model.train()
-        loss = top1 = lr = None
         bar = report.Bar(
             f"epoch {epoch + 1}/{self.epochs}", self.updates, self.cfg.batch_size,
             primary=self.world.primary, every=log_every,
         )  # fmt: skip
         with bar:
             for done in range(start + 1, self.updates + 1):
-                lr = max(group["lr"] for group in self.optimizer.param_groups)
                 self.update(batches)
                 note = None
                 if done % log_every == 0:
                     loss, top1 = self.means()
-                    note = f"loss {loss:.4f}  top-1 {top1:.2f} %  lr {lr:.2e}"
-                    self.tracker.log({"train/loss": loss, "train/top1": top1, "lr": lr}, self.step)
+                    note = f"loss {loss:.4f}  top-1 {top1:.2f} %  lr {self.lr:.2e}"
+                    self.tracker.log({"train/loss": loss, "train/top1": top1, "lr": self.lr}, self.step)
                 bar.advance(done, note)
                 if done < self.updates:  # at the end of the epoch, fit() does both
                     self.stop_if_asked(save=True)
@@ -213,7 +212,7 @@ class Trainer:
                         self.save("last.pt")
         loss, top1 = self.means()
         seconds = time.perf_counter() - started
-        row = {"epoch": epoch + 1, "step": self.step, "lr": lr, "train_loss": loss, "train_top1": top1}
+        row = {"epoch": epoch + 1, "step": self.step, "lr": self.lr, "train_loss": loss, "train_top1": top1}
         return row | {"val_loss": None, "val_top1": None, "val_top5": None, "seconds": round(seconds, 2)}
 
     def update(self, batches: Iterator[Batch]) -> None:
@@ -238,6 +237,7 @@ class Trainer:
         if self.cfg.optimizer.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             dispatch_clip_grad(self.model.parameters(), self.cfg.optimizer.clip_grad, self.cfg.optimizer.clip_mode)
+        self.lr = max(group["lr"] for group in self.optimizer.param_groups)  # they differ under layer decay
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -324,6 +324,8 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "epoch": self.epoch,
                 "step": self.step,
+                "updates": self.updates,
+                "lr": self.lr,
                 "best": self.best,
                 "history": self.history,
                 "meter": meter.tolist(),
@@ -344,12 +346,18 @@ class Trainer:
         check_fit(self.model, saved["state_dict"], f"resume={path}")
         if bool(saved["state_dict_ema"]) != bool(self.ema):
             raise UserError(f"resume={path} was trained {'with' if not self.ema else 'without'} ema.decay. Keep that.")
+        if saved["updates"] != self.updates:
+            raise UserError(
+                f"resume={path}: an epoch had {saved['updates']} updates and now has {self.updates}. "
+                "Keep the data and batch_size, or start anew from the weights with model.checkpoint."
+            )
         checkpoint.restore_model(self.model, saved["state_dict"])
         if self.ema:
             checkpoint.restore_model(self.ema.module, saved["state_dict_ema"])
         checkpoint.restore_optimizer(self.model, self.optimizer, saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
-        self.epoch, self.step, self.best, self.history = (saved[key] for key in ("epoch", "step", "best", "history"))
+        self.epoch, self.step, self.lr = saved["epoch"], saved["step"], saved["lr"]
+        self.best, self.history = saved["best"], saved["history"]
         self.schedule.step_update(self.step)
         if self.world.primary:  # the sum over processes is what counts
             self.meter.copy_(torch.tensor(saved["meter"], dtype=self.meter.dtype))

@@ -128,6 +128,11 @@ def test_resume_with_another_model(refused, trained):
             f"resume={trained[0]}", "ema.decay=0.5")  # fmt: skip
 
 
+def test_resume_with_another_batch(refused, trained):
+    refused(r"resume=.*: an epoch had 5 updates and now has 2\. Keep the data and batch_size", "batch_size=60",
+            f"resume={trained[0]}", "ema.decay=0.5")  # fmt: skip
+
+
 def test_a_run_is_not_overwritten(trained, tiny):
     with pytest.raises(UserError, match=r"dir=.*: holds a run already\. Continue it with resume=auto"):
         train(tiny("ema.decay=0.5"), trained[0])

@@ -34,6 +34,12 @@ def test_model_folder_without_the_run(trained, evaluation, tmp_path, digits_fold
     assert result["top1"] == round(top1, 4)
 
 
+def test_class_folders_directly_in_the_root(trained, evaluation, tmp_path, digits_folder):
+    run, top1 = trained
+    options = ("data.name=folder", f"data.root={digits_folder}/validation", "data.val_split=.", f"output={tmp_path}")
+    assert evaluate(evaluation(f"checkpoint={run}", *options))["top1"] == round(top1, 4)
+
+
 def test_weights_without_the_average(trained, evaluation, tmp_path):
     run, _ = trained
     averaged, plain = (

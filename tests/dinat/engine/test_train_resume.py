@@ -79,6 +79,22 @@ def test_killed_and_resumed_is_bit_identical(tiny, tmp_path, python, workers):
     same_state(left, right)
 
 
+def test_killed_while_it_evaluates(tiny, tmp_path, monkeypatch):
+    """The epoch's updates are saved by then; only the evaluation is done again."""
+    cfg = tiny()
+    train(cfg, tmp_path / "whole")
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+    with pytest.raises(RuntimeError, match="killed"):
+        train(cfg, tmp_path / "killed")
+    monkeypatch.undo()
+    cfg.resume = "auto"
+    train(cfg, tmp_path / "killed")
+    whole, resumed = (read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "killed"))
+    same_state(whole["state_dict"], resumed["state_dict"])
+    for left, right in zip(whole["history"], resumed["history"], strict=True):
+        assert {**left, "seconds": 0} == {**right, "seconds": 0}
+
+
 def test_sigterm_saves_and_says_so(tiny, tmp_path, monkeypatch):
     update = Trainer.update
 
