@@ -1,0 +1,19 @@
+"""Runs interpreter_suite.py: Triton reads TRITON_INTERPRET when kernels are defined, so it needs its own process."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_in_the_interpreter():
+    suite = Path(__file__).with_name("interpreter_suite.py")
+    # One thread: the interpreter's many small NumPy operations only get slower with more.
+    environment = os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
