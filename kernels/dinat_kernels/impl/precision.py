@@ -14,8 +14,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast is on with, or None where it is off (or unknown: the meta device)."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    """The dtype that autocast is on with, or None where it is off.  The meta device has none."""
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
