@@ -219,7 +219,7 @@ class NAT(nn.Module):
                 self.add_module(f"norm{i}", _LayerNorm2d(dim, **dd))
         self.norm = _LayerNorm2d(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         named_apply(init_weights, self)
 
     def _feature_sizes(self) -> list[tuple[int, int]]:
@@ -311,7 +311,7 @@ class NAT(nn.Module):
             device=like.device,
             dtype=like.dtype,
         ).train(self.training)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     @torch.jit.ignore
     def forward_intermediates(
