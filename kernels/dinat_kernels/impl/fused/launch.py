@@ -15,6 +15,9 @@ from ...geometry import Neighborhood, group_length, visible_range
 from .configs import Config, ProblemClass, choose, next_power_of_two
 from .forward import forward_kernel
 
+# What a key block costs besides its key slots, in slots: ranks blocks as the counts of benchmarks/aot.py do.
+_BLOCK_COST = 12
+
 
 class Plan(NamedTuple):
     """All arguments of a launch that are not tensors."""
@@ -59,19 +62,19 @@ def key_span(lengths: set[int], tile: int, k: int, s: int, causal: bool) -> int:
 
 
 def key_block(span: tuple[int, int, int], limit: int) -> tuple[int, int, int]:
-    """Block size, rows and columns of a block: those up to `limit` that visit the fewest key slots."""
+    """Block size, rows and columns of a block: the cheapest up to `limit`."""
 
     def shape(block: int) -> tuple[int, int, int]:
         runs = -(-span[2] // block)
         columns = -(-span[2] // runs)
         return block, min(block // columns, span[0] * span[1]), columns
 
-    def slots(block: int) -> int:
+    def cost(block: int) -> int:
         _, rows, columns = shape(block)
-        return block * -(-span[0] * span[1] // rows) * -(-span[2] // columns)
+        return (block + _BLOCK_COST) * -(-span[0] * span[1] // rows) * -(-span[2] // columns)
 
     sizes = [size for size in (16, 32, 64, 128) if size <= limit]
-    return shape(min(reversed(sizes), key=slots))
+    return shape(min(reversed(sizes), key=cost))
 
 
 def make_plan(

@@ -1,0 +1,205 @@
+"""Compile every shipped kernel configuration without a GPU, check it, and tabulate what the compiler made of it.
+
+    python benchmarks/aot.py                      # everything, rewrites benchmarks/results/aot.csv
+    python benchmarks/aot.py --arch sm_90 --only dinat_tiny.0 --output -
+
+Checks: no spills, shared memory within the architecture's limit, tensor-core instructions for 16-bit inputs.  Needs
+`triton` 3.6 or newer and PyTorch, and `kernels/` on PYTHONPATH or dinat installed.
+
+Columns: instruction counts are per warp; `block_*` inside the loop over key blocks (or the whole kernel where one block
+is all), `other` outside it.  `issue_us` is a paper estimate for batch 128: warp instructions over issue slots, if every
+scheduler issued one in every cycle; `exp2_us` the same for the units of exponentials; `floor_us` as in problems.py.
+`paper_ratio` = floor / max(issue, exp2, floor).  It ranks variants; it is no measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from dinat_kernels.geometry import make_neighborhood
+from dinat_kernels.impl.fused import forward, launch
+from problems import DEVICES, MODELS, Problem, floor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BATCH = 128
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# Target, shared memory limit in bytes, and the GPU of the paper estimate with its multiprocessors and clock (Hz).
+ARCHITECTURES = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10, ("A100", 108, 1.41e9)),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10, ("H200", 132, 1.83e9)),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10, ("B200", 148, 1.85e9)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10, None),
+}
+# Mnemonics of NVIDIA's and AMD's assembly.
+KINDS = {
+    "matrix": r"[HQ]G?MMA|UTC\w*MMA|v_mfma",
+    "exp2": r"MUFU\.EX2|v_exp_f32",
+    "shared": r"LDS|STS|LDSM|STSM|LDTM|STTM|ds_(read|write)",
+    "global": r"LDG|STG|(global|buffer)_(load|store)",
+}
+
+
+def cases() -> list[tuple[str, int, Problem | None, tuple[int, ...], dict, torch.dtype, int]]:
+    """name, heads, layer, lengths, window, dtype and head_dim of everything that is compiled."""
+    rows = []
+    for p in MODELS["dinat_tiny"]:
+        window = dict(kernel_size=p.kernel_size, dilation=p.dilation)
+        rows.append((p.name, p.heads, p, (p.side, p.side), window, torch.bfloat16, p.head_dim))
+    for dtype, dims in {torch.bfloat16: (32, 64, 128), torch.float16: (32,), torch.float32: (32, 64, 128)}.items():
+        for dim in dims:
+            for k in (7, 11):
+                rows.append((f"halo{k}", 4, None, (96, 96), dict(kernel_size=k), dtype, dim))
+                rows.append((f"dense{k}", 4, None, (8 * k, 8 * k), dict(kernel_size=k, dilation=8), dtype, dim))
+        rows.append(("causal_1d", 4, None, (4096,), dict(kernel_size=64, is_causal=True), dtype, 32))
+        rows.append(("volume", 4, None, (16, 32, 32), dict(kernel_size=3), dtype, 32))
+    return rows
+
+
+def compile_case(arch: str, heads: int, lengths: tuple[int, ...], window: dict, dtype: torch.dtype, dim: int):
+    """The plan and the compiled kernel of a problem whose q, k, v are views of one packed projection."""
+    neighborhood = make_neighborhood(len(lengths), **window)
+    packed = torch.empty(BATCH, *lengths, 3, heads, dim, dtype=dtype, device="meta").unbind(-3)[0]
+    tensor = (packed.shape, packed.stride())
+    with_bias = not any(neighborhood.is_causal)
+    plan = launch.make_plan(tensor, tensor, tensor, dtype, arch, neighborhood, with_bias, 1, "ieee")
+
+    # What Triton's launcher would specialise on: ones, and divisibility by 16.
+    names = forward.forward_kernel.arg_names
+    constants = {name: value for name, value in plan.constants.items() if name in names}
+    pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), f"*{TYPES[dtype]}") | dict(p_rpb="*fp32", p_lse="*fp32")
+    integers = dict(zip(names[names.index("scale") + 1 :], plan.integers, strict=False))
+    signature, divisible = {}, []
+    for name in names:
+        if name in constants or integers.get(name) == 1:
+            signature[name] = "constexpr"
+            constants.setdefault(name, 1)
+        elif name in integers:
+            signature[name] = "i32" if integers[name] < 2**31 else "i64"
+        else:
+            signature[name] = pointers.get(name, "fp32")
+        if name in pointers or (signature[name] != "constexpr" and integers.get(name, 1) % 16 == 0):
+            divisible.append(name)
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(forward.forward_kernel, signature, constants, attributes)
+    options = {name: plan.constants[name] for name in ("num_warps", "num_stages")}
+    return plan, triton.compile(source, target=ARCHITECTURES[arch][0], options=options)
+
+
+def _cuobjdump(kernel, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel) -> tuple[int, int, list[tuple[int, str, int | None]]]:
+    """Registers, spilled registers (or bytes of stack), and the instructions: (address, mnemonic, branch target)."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        registers, spills = (
+            sum(int(n) for n in re.findall(rf"\.{name}:\s*(\d+)", text))
+            for name in ("vgpr_count", "[sv]gpr_spill_count")
+        )
+        code, labels = [], {}
+        for line in text.splitlines():
+            if label := re.match(r"(\.LBB\w+):", line):
+                labels[label[1]] = len(code)
+            elif instruction := re.match(r"\t([a-z]\w+_\w+)(?:\s+(\.LBB\w+))?", line):
+                code.append((len(code), instruction[1], instruction[2]))
+        return registers, spills, [(at, name, labels.get(target)) for at, name, target in code]
+    usage = _cuobjdump(kernel, "-res-usage")
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    code = []
+    for address, name, rest in re.findall(
+        r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z]\w+[\w.]*)([^;]*);", _cuobjdump(kernel, "-sass")
+    ):
+        target = re.search(r"0x([0-9a-f]+)\s*$", rest) if name.startswith("BRA") else None
+        code.append((int(address, 16), name, int(target[1], 16) if target else None))
+    return registers, stack + local, code
+
+
+def split_loop(code: list[tuple[int, str, int | None]]) -> tuple[list[str], list[str]]:
+    """Mnemonics inside the longest loop and outside of it; all are inside if there is none."""
+    loops = [(target, at) for at, _, target in code if target is not None and target < at]
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(-1, math.inf))
+    inside = [name for at, name, _ in code if first <= at <= last]
+    return inside, [name for at, name, _ in code if not first <= at <= last]
+
+
+def row(arch: str, case: tuple) -> dict:
+    """Compile one case, check it, and describe it."""
+    name, heads, layer, lengths, window, dtype, dim = case
+    plan, kernel = compile_case(arch, heads, lengths, window, dtype, dim)
+    registers, spills, code = resources(kernel)
+    inside, outside = split_loop(code)
+    constants, shared = plan.constants, kernel.metadata.shared
+    span = constants["SPAN"]
+    blocks = -(-span[0] * span[1] // constants["ROWS"]) * -(-span[2] // constants["COLS"])
+    counts = {kind: sum(bool(re.match(pattern, m)) for m in inside) for kind, pattern in KINDS.items()}
+    result = dict(
+        arch=arch,
+        dtype=TYPES[dtype],
+        head_dim=dim,
+        problem=name,
+        tile="x".join(map(str, constants["TILE"])),
+        block=f"{constants['ROWS']}x{constants['COLS']}/{constants['BK']}",
+        blocks=blocks,
+        num_warps=constants["num_warps"],
+        num_stages=constants["num_stages"],
+        registers=registers,
+        spills=spills,
+        shared_bytes=shared,
+        **{f"block_{kind}": count for kind, count in counts.items()},
+        block_all=len(inside),
+        other=len(outside),
+    )
+    where = f"{arch} {TYPES[dtype]} {name} head_dim {dim}"
+    if spills:
+        raise SystemExit(f"{where}: {spills} spills")
+    if shared > ARCHITECTURES[arch][1]:
+        raise SystemExit(f"{where}: {shared} bytes of shared memory")
+    if dtype.itemsize == 2 and not counts["matrix"]:
+        raise SystemExit(f"{where}: no tensor-core instructions")
+    if layer is not None and ARCHITECTURES[arch][2] is not None:
+        gpu, processors, clock = ARCHITECTURES[arch][2]
+        warps = plan.grid[0] * constants["num_warps"]
+        issue = warps * (len(outside) + blocks * len(inside)) / (4 * processors * clock)
+        exponentials = warps * 32 * blocks * counts["exp2"] / DEVICES[gpu].exponentials
+        least = floor(layer, BATCH, DEVICES[gpu])
+        times = dict(issue_us=issue, exp2_us=exponentials, floor_us=least)
+        result |= {column: round(1e6 * seconds, 1) for column, seconds in times.items()}
+        result["paper_ratio"] = round(least / max(issue, exponentials, least), 2)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--only", default="", help="beginning of the problem's name")
+    parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "aot.csv"), help="- for the screen")
+    args = parser.parse_args()
+    rows = []
+    for arch in args.arch:
+        for case in cases():
+            if case[0].startswith(args.only):
+                rows.append(row(arch, case))
+                print(*rows[-1].values(), file=sys.stderr, flush=True)
+    with open(args.output, "w", newline="") if args.output != "-" else sys.stdout as file:
+        writer = csv.DictWriter(file, max(rows, key=len).keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What is measured: the attention layers of published models, and large maps; and the floor of their run time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Problem(NamedTuple):
+    """One call of the operator on a square map; head_dim is 32, as in every published model."""
+
+    name: str
+    side: int  # tokens per side
+    heads: int
+    kernel_size: int
+    dilation: int
+    head_dim: int = 32
+
+    @property
+    def dense(self) -> bool:
+        return self.kernel_size * self.dilation == self.side
+
+
+def _levels(model: str, side: int, heads: int, kernel_size: int) -> list[Problem]:
+    """The distinct layers of a hierarchical model: local, and with the largest dilation, on four levels."""
+    problems = []
+    for level in range(4):
+        n, h = side >> level, heads << level
+        for dilation in sorted({1, n // kernel_size}):
+            problems.append(Problem(f"{model}.{level}.d{dilation}", n, h, kernel_size, dilation))
+    return problems
+
+
+MODELS = {
+    "dinat_tiny": _levels("dinat_tiny", 56, 2, 7),
+    "dinat_s_tiny": _levels("dinat_s_tiny", 56, 3, 7),
+    "dinat_large_384": _levels("dinat_large_384", 96, 6, 7),
+    "dinat_large_384_11x11": _levels("dinat_large_384_11x11", 96, 6, 11),
+}
+LARGE_MAPS = [Problem(f"map{side}.d{d}", side, 4, 7, d) for side in (128, 512) for d in (1, side // 7)]
+
+
+class Device(NamedTuple):
+    """Peak rates of a GPU, per second: bytes copied, FLOP of bf16 matrix products, exponentials."""
+
+    bandwidth: float
+    matrix: float
+    exponentials: float
+
+
+# Dense bf16 rates and memory bandwidth of the vendors' data sheets (bandwidth: 90 % of it, what a copy reaches);
+# exponentials: 16 per clock and multiprocessor.
+DEVICES = {
+    "A100": Device(0.9 * 2.0e12, 312e12, 16 * 108 * 1.41e9),
+    "H100": Device(0.9 * 3.35e12, 989e12, 16 * 132 * 1.83e9),
+    "H200": Device(0.9 * 4.8e12, 989e12, 16 * 132 * 1.83e9),
+    "B200": Device(0.9 * 8.0e12, 2250e12, 16 * 148 * 1.85e9),
+}
+
+
+def floor(problem: Problem, batch: int, device: Device, element_size: int = 2) -> float:
+    """Seconds below which no implementation gets: the slowest of memory, products and exponentials of visible keys."""
+    tokens = batch * problem.side**2 * problem.heads
+    keys = problem.kernel_size**2
+    moved = 4 * tokens * problem.head_dim * element_size
+    flop = 4 * tokens * problem.head_dim * keys
+    return max(moved / device.bandwidth, flop / device.matrix, tokens * keys / device.exponentials)
+
+
+def device_named(name: str) -> Device | None:
+    """The rates of the GPU that calls itself `name`, if known."""
+    return next((rates for key, rates in DEVICES.items() if key in name), None)

@@ -1,0 +1,150 @@
+"""The Triton kernels on a GPU: `pytest -m gpu`.  Everything here skips where there is none."""
+
+import pytest
+import torch
+from dinat_kernels import na1d, na2d, na3d
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
+]
+NA = {1: na1d, 2: na2d, 3: na3d}
+# Sizes of the map, window arguments, heads, kv_heads, head_dim, value_dim.
+PROBLEMS = {
+    "local": ((56, 56), dict(kernel_size=7), 2, 2, 32, 32),
+    "dense groups": ((56, 56), dict(kernel_size=7, dilation=8), 2, 2, 32, 32),
+    "remainders": ((45, 61), dict(kernel_size=7, dilation=(6, 8)), 3, 3, 32, 32),
+    "whole map": ((7, 7), dict(kernel_size=7), 16, 16, 32, 32),
+    "11x11 dense": ((44, 44), dict(kernel_size=11, dilation=4), 6, 6, 32, 32),
+    "11x11": ((24, 24), dict(kernel_size=11), 4, 4, 32, 32),
+    "even, strided": ((30, 33), dict(kernel_size=(6, 8), stride=(2, 8)), 4, 2, 64, 24),
+    "causal sequence": ((1000,), dict(kernel_size=64, dilation=3, is_causal=True), 4, 1, 128, 128),
+    "volume": ((8, 12, 10), dict(kernel_size=(3, 5, 3), dilation=(2, 1, 3)), 2, 2, 40, 80),
+    "causal volume": ((8, 12, 10), dict(kernel_size=3, is_causal=(True, False, False)), 2, 2, 8, 16),
+}
+
+
+def make(name: str, dtype: torch.dtype, batch: int = 2) -> tuple[list[torch.Tensor], torch.Tensor | None, dict]:
+    """Query, key, value as views of one packed projection, the bias table, the window."""
+    size, window, heads, kv_heads, head_dim, value_dim = PROBLEMS[name]
+    widths = (heads * head_dim, kv_heads * head_dim, kv_heads * value_dim)
+    packed = torch.randn(batch, *size, sum(widths), device="cuda", dtype=dtype).split(widths, -1)
+    q, k, v = (x.unflatten(-1, (n, -1)) for x, n in zip(packed, (heads, kv_heads, kv_heads), strict=True))
+    rpb = None
+    if not window.get("is_causal"):
+        kernel_size = window["kernel_size"]
+        sides = kernel_size if isinstance(kernel_size, tuple) else (kernel_size,) * len(size)
+        rpb = torch.randn(heads, *(2 * side - 1 for side in sides), device="cuda")
+    return [q, k, v], rpb, window
+
+
+def eager(q, k, v, rpb, window):
+    """The definition in the dtype of the inputs: logits, weights and output are all rounded."""
+    dtype, size = q.dtype, q.shape[1:-2]
+    # Visibility and bias as the reference's own logits: one query and key channel that is zero.
+    zero = torch.zeros_like(q[:1, ..., :1]).double()
+    tokens = torch.eye(size.numel(), device=q.device, dtype=torch.float64).view(1, *size, 1, -1)
+    tokens = tokens.expand(*zero.shape[:-1], -1)
+    table = None if rpb is None else rpb.double()
+    attend = NA[len(size)]
+    probability, lse = attend(zero, zero, tokens, **window, rpb=table, return_lse=True, backend="reference")
+    bias = (probability.log() + lse[..., None]).flatten(1, -3)[0].transpose(0, 1)  # (heads, queries, keys)
+    q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    logits = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5 + bias.to(dtype)
+    return (logits.softmax(-1) @ v).transpose(1, 2).unflatten(1, size)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Results start as NaN: what a kernel does not write shows."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_error_is_at_most_twice_that_of_eager(name, dtype, poisoned):
+    inputs, rpb, window = make(name, dtype)
+    attend = NA[inputs[0].dim() - 3]
+    exact, exact_lse = attend(
+        *[x.double() for x in inputs],
+        **window,
+        rpb=None if rpb is None else rpb.double(),
+        return_lse=True,
+        backend="reference",
+    )
+    out, lse = attend(*inputs, **window, rpb=rpb, return_lse=True, backend="triton")
+    allowed = 2 * (eager(*inputs, rpb, window).double() - exact).abs().max().item()
+    assert (out.double() - exact).abs().max().item() <= max(allowed, 1e-6)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_tf32_is_used_where_pytorch_allows_it(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    inputs, rpb, window = make(name, torch.float32)
+    attend = NA[inputs[0].dim() - 3]
+    out = attend(*inputs, **window, rpb=rpb, backend="triton")
+    exact_rpb = None if rpb is None else rpb.double()
+    exact = attend(*[x.double() for x in inputs], **window, rpb=exact_rpb, backend="reference")
+    torch.testing.assert_close(out.double(), exact, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_repeated_runs_are_bit_equal(name):
+    inputs, rpb, window = make(name, torch.bfloat16)
+    runs = [NA[inputs[0].dim() - 3](*inputs, **window, rpb=rpb, backend="triton") for _ in range(3)]
+    assert all(torch.equal(runs[0], run) for run in runs[1:])
+
+
+def test_automatic_choice_is_the_fused_kernel():
+    (q, k, v), rpb, window = make("local", torch.bfloat16)
+    assert torch.equal(na2d(q, k, v, **window, rpb=rpb), na2d(q, k, v, **window, rpb=rpb, backend="triton"))
+
+
+def test_gradients_reach_every_input():
+    inputs, rpb, window = make("remainders", torch.float32)
+    inputs = [x.detach().requires_grad_() for x in (*inputs, rpb)]
+    q, k, v, rpb = inputs
+
+    def gradients(backend):
+        return torch.autograd.grad(na2d(q, k, v, **window, rpb=rpb, backend=backend).sin().sum(), inputs)
+
+    for a, e in zip(gradients("triton"), gradients("torch"), strict=True):
+        torch.testing.assert_close(a, e, atol=1e-3, rtol=1e-3)
+
+
+def test_cuda_graph():
+    (q, k, v), rpb, window = make("local", torch.bfloat16)
+    expected = na2d(q, k, v, **window, rpb=rpb, backend="triton")  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = na2d(q, k, v, **window, rpb=rpb, backend="triton")
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_compile_fullgraph():
+    (q, k, v), rpb, window = make("dense groups", torch.bfloat16)
+    compiled = torch.compile(lambda q, k, v, rpb: na2d(q, k, v, **window, rpb=rpb), fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v, rpb), na2d(q, k, v, **window, rpb=rpb))
+
+
+def test_opcheck():
+    (q, k, v), rpb, _ = make("whole map", torch.float32)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v, rpb)]
+    torch.library.opcheck(torch.ops.dinat_kernels.attention, (*inputs, [7, 7], [1, 1], [1, 1], [0, 0], 0.3, "triton"))
+
+
+def test_more_than_2_to_the_31_elements():
+    """One map whose offsets need 64 bits; the last rows against the same rows of a small map."""
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free device memory")
+    rows, width, heads, dim = 22500, 512, 3, 64
+    packed = torch.randn(1, rows, width, 3, heads, dim, device="cuda", dtype=torch.bfloat16)
+    assert packed.numel() > 2**31
+    out = na2d(*packed.unbind(3), 3, backend="triton")[:, -8:]
+    expected = na2d(*packed[:, -16:].unbind(3), 3, backend="triton")[:, -8:]
+    torch.testing.assert_close(out, expected, atol=0.02, rtol=0)
