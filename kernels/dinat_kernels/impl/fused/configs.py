@@ -50,14 +50,17 @@ def _user_configs() -> dict[str, Config]:
     return {name: Config(*fields) for name, fields in json.loads(path.read_text()).items()}
 
 
-# (bits, dense) to configurations by the largest `dim` that they serve.  Ranked by issued instructions and registers as
-# benchmarks/aot.py counts them: small tiles waste less key work, fewer warps compute fewer addresses twice.
-_TABLE: dict[tuple[int, bool], dict[int, Config]] = {
-    (16, True): {32: Config(64, 64, 2, 2), 128: Config(64, 64, 4, 2)},
-    (16, False): {64: Config(32, 64, 2, 2), 128: Config(32, 32, 2, 2)},
-    (32, True): {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 1)},
-    (32, False): {64: Config(32, 32, 4, 2), 128: Config(32, 32, 4, 1)},
-}
+# Bits, dense, and the largest dim and window: the first row that covers a problem serves it.
+# Ranked by issued instructions and registers as benchmarks/aot.py counts them: small tiles waste less key work, fewer
+# warps compute fewer addresses twice.
+_SHIPPED = (
+    (16, True, 32, 64, Config(64, 64, 2, 2)),
+    (16, True, 128, math.inf, Config(64, 64, 4, 2)),
+    (16, False, 64, math.inf, Config(32, 64, 2, 2)),
+    (16, False, 128, math.inf, Config(32, 32, 2, 2)),
+    (32, True, 128, math.inf, Config(32, 32, 4, 1)),
+    (32, False, 128, math.inf, Config(32, 32, 4, 1)),
+)
 
 
 def choose(problem: ProblemClass) -> Config:
@@ -65,8 +68,11 @@ def choose(problem: ProblemClass) -> Config:
     user = _user_configs().get(str(problem))
     if user is not None:
         return user
-    rows = _TABLE[problem.bits, problem.dense]
-    return rows[min(dim for dim in rows if dim >= problem.dim)]
+    return next(
+        config
+        for bits, dense, dim, window, config in _SHIPPED
+        if problem.bits == bits and problem.dense == dense and problem.dim <= dim and problem.window <= window
+    )
 
 
 def next_power_of_two(n: int) -> int:
