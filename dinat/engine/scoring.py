@@ -49,14 +49,14 @@ def measure(
     on_bad_image: str = "skip",
     confusion: bool = False,
     lockstep: bool = False,
-    tick: Callable[[int], None] = lambda images: None,
+    tick: Callable[[int], None] = lambda done: None,
 ) -> Scores:
     """Evaluates `model` on batches of `(images, targets, problems)` as `dinat.data.eval_loader` yields them.
 
     Args:
         prepare: uint8 images -> normalised images on the model's device.
         lockstep: keep processes at the same number of batches, as a sharded model needs and a stream does not provide.
-        tick: called with the number of images after each batch.
+        tick: called after each batch with the number of batches done.
 
     Raises:
         UserError: for an unreadable image under `on_bad_image="fail"`, or a label outside the model's classes.
@@ -69,7 +69,8 @@ def measure(
     correct, total = (torch.zeros(num_classes, dtype=torch.int64, device=device) for _ in range(2))
     matrix = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device) if confusion else None
     top = min(5, num_classes)
-    for images, targets, problems in _in_lockstep(batches, world) if lockstep else batches:
+    batches = _in_lockstep(batches, world) if lockstep else batches
+    for done, (images, targets, problems) in enumerate(batches, start=1):
         report_bad_images(problems, on_bad_image)
         check_labels(targets, num_classes)
         counted = targets != IGNORE
@@ -86,7 +87,7 @@ def measure(
         total += torch.bincount(targets, minlength=num_classes)
         if matrix is not None:
             matrix += torch.bincount(targets * num_classes + ranked[:, 0], minlength=len(matrix))
-        tick(len(images))
+        tick(done)
     model.train(training)
     sums, correct, total = world.sum(sums).cpu(), world.sum(correct).cpu(), world.sum(total).cpu()
     count = int(total.sum())

@@ -171,7 +171,7 @@ class Trainer:
         tracker_config = self.cfg.logger if self.world.primary else {"name": None}
         self.tracker = report.Tracker(tracker_config, self.run_dir, to_dict(self.cfg), self.step)
         drawn = -math.inf
-        with Stop() as self.stop:
+        with contextlib.closing(self.tracker), Stop() as self.stop:
             for epoch in range(self.epoch, self.epochs):
                 row = self.train_epoch(epoch)
                 self.save("last.pt")  # a run killed while it evaluates only has that to do again
@@ -184,7 +184,6 @@ class Trainer:
                     report.draw_curves(self.run_dir / "curves.png", self.history)
                     drawn = time.monotonic()
                 self.stop_if_asked()
-        self.tracker.close()
         return self.export()
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
