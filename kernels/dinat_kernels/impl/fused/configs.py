@@ -55,7 +55,9 @@ def _user_configs() -> dict[str, Config]:
 # warps compute fewer addresses twice.
 _SHIPPED = (
     (16, True, 32, 64, Config(64, 64, 2, 2)),
-    (16, True, 128, math.inf, Config(64, 64, 4, 2)),
+    (16, True, 32, math.inf, Config(64, 64, 4, 2)),
+    (16, True, 128, 64, Config(64, 64, 4, 2)),
+    (16, True, 128, math.inf, Config(64, 32, 4, 2)),
     (16, False, 64, math.inf, Config(32, 64, 2, 2)),
     (16, False, 128, math.inf, Config(32, 32, 2, 2)),
     (32, True, 128, math.inf, Config(32, 32, 4, 1)),

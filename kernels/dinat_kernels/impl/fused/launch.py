@@ -158,12 +158,19 @@ _plan = lru_cache(maxsize=4096)(make_plan)
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: Neighborhood, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    window: Neighborhood,
+    scale: float,
+    *,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fused forward pass; arguments and results as `reference.attention`, in float16, bfloat16 or float32.
 
     Reads query, key and value where they are if their last dimension is contiguous, whatever the other strides, and
-    allocates nothing but the results.  Deterministic.
+    allocates nothing but the results.  Deterministic.  `config` replaces the launch configuration (for tuning).
     """
     query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
     out = value.new_empty((*query.shape[:-1], value.shape[-1]))
@@ -181,6 +188,7 @@ def attention(
         rpb is not None,
         (scale > 0) - (scale < 0),
         "tf32" if tf32 and not torch.version.hip else "ieee",
+        config,
     )
     if rpb is not None:
         rpb = rpb.float().contiguous() if rpb.dtype == torch.float64 else rpb.contiguous()

@@ -1,0 +1,26 @@
+"""Ahead-of-time compilation for a GPU that is not there, as benchmarks/aot.py does for every configuration."""
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_dense_and_halo_kernels_use_tensor_cores_and_spill_nothing():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    command = ["benchmarks/aot.py", "--arch", "sm_90", "--only", "dinat_tiny.0", "--output", "-"]
+    run = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = list(csv.DictReader(run.stdout.splitlines()))
+    assert [row["problem"] for row in rows] == ["dinat_tiny.0.d1", "dinat_tiny.0.d8"]
+    for row in rows:
+        assert int(row["spills"]) == 0
+        assert int(row["block_matrix"]) > 0
