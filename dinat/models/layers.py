@@ -121,7 +121,9 @@ def resolve_dilations(
             cycle = [math.floor(largest / 2 * (1 + j / (steps - 1))) for j in range(steps)] if steps > 1 else [largest]
             levels.append([max(1, cycle[j // 2 % len(cycle)]) if j % 2 else 1 for j in range(depth)])
         return levels
-    if [len(level) for level in dilations] != list(depths):
+    if not isinstance(dilations, Sequence) or [len(d) if isinstance(d, Sequence) else d for d in dilations] != list(
+        depths
+    ):
         raise ValueError(
             f"dilations must be one list per level with one entry per block, {list(depths)} entries, got {dilations!r}"
         )

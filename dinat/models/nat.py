@@ -162,6 +162,8 @@ class NAT(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         num_levels = len(depths)
+        if len(num_heads) != num_levels:
+            raise ValueError(f"num_heads must have one entry per level, {num_levels} as depths, got {num_heads}")
         growth = [1 if isotropic else 2**i for i in range(num_levels)]
         if output_stride not in (None, stem_stride * growth[-1]):
             raise ValueError(
@@ -230,6 +232,10 @@ class NAT(nn.Module):
         """(height, width) of each level's window, in tokens."""
         if self.full_attention:
             return self._feature_sizes()
+        if isinstance(kernel_size, Sequence) and len(kernel_size) != len(self.feature_info):
+            raise ValueError(
+                f"kernel_size must be one int or one per level, {len(self.feature_info)}, got {kernel_size}"
+            )
         return [to_2tuple(k) for k in to_ntuple(len(self.feature_info))(kernel_size)]
 
     def _dilations(self, depths: Sequence[int], kernel_sizes: Sequence[tuple[int, int]]) -> list[list]:
@@ -237,7 +243,8 @@ class NAT(nn.Module):
         policy, sizes = self.dilation_policy, self._feature_sizes()
         if not self.isotropic:
             return resolve_dilations(policy, depths, kernel_sizes, sizes)
-        policy = policy if isinstance(policy, (int, str)) else [policy]
+        if not isinstance(policy, (int, str)):  # flat, or one list per level as in `self.dilations`
+            policy = [[d[0] if isinstance(d, Sequence) and len(d) == 1 else d for d in policy]]
         return [[d] for d in resolve_dilations(policy, [sum(depths)], kernel_sizes[:1], sizes[:1])[0]]
 
     @torch.jit.ignore
@@ -258,13 +265,18 @@ class NAT(nn.Module):
             dilations: a policy or explicit list (see `resolve_dilations`), the policy of construction if None; an
                 explicit list of construction is kept.
         """
-        if img_size is not None:
-            self.img_size = to_2tuple(img_size)
-        if dilations is not None:
-            self.dilation_policy = dilations
-        current = [tuple(level.blocks[0].attn.kernel_size) for level in self.levels]
-        kernel_sizes = current if kernel_size is None and not self.full_attention else self._kernel_sizes(kernel_size)
-        self.dilations = self._dilations([len(level.blocks) for level in self.levels], kernel_sizes)
+        before = self.img_size, self.dilation_policy
+        self.img_size = self.img_size if img_size is None else to_2tuple(img_size)
+        self.dilation_policy = self.dilation_policy if dilations is None else dilations
+        try:
+            current = [tuple(level.blocks[0].attn.kernel_size) for level in self.levels]
+            kernel_sizes = (
+                current if kernel_size is None and not self.full_attention else self._kernel_sizes(kernel_size)
+            )
+            self.dilations = self._dilations([len(level.blocks) for level in self.levels], kernel_sizes)
+        except ValueError:  # leave the model as it was
+            self.img_size, self.dilation_policy = before
+            raise
         for level, level_kernel, level_dilations in zip(self.levels, kernel_sizes, self.dilations, strict=True):
             for block, dilation in zip(level.blocks, level_dilations, strict=True):
                 resize_window(block.attn, level_kernel, dilation)
@@ -311,6 +323,7 @@ class NAT(nn.Module):
             device=like.device,
             dtype=like.dtype,
         ).train(self.training)
+        named_apply(init_weights, self.head)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     @torch.jit.ignore
@@ -364,9 +377,14 @@ class NAT(nn.Module):
         prune_end = max_index < len(self.levels) - 1
         if prune_norm or prune_end:
             self.norm = nn.Identity()
+        if self.stage_norm:
+            for i in range(max_index + 1, len(self.levels)):
+                delattr(self, f"norm{i}")
         self.levels = self.levels[: max_index + 1]
         self.feature_info = self.feature_info[: max_index + 1]
         self.dilations = self.dilations[: max_index + 1]
+        if not isinstance(self.dilation_policy, (int, str)):
+            self.dilation_policy = self.dilation_policy[: max_index + 1]
         self.num_features = self.feature_info[max_index]["num_chs"]
         if prune_head or prune_end:
             self.reset_classifier(0, "")
@@ -397,6 +415,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     Published downsamplers sit at the end of a level, ours at the start of the next one.  Published isotropic models
     number their blocks and carry the index buffers of full attention, ours have one block per level and no buffers.
     """
+    own = model.state_dict()
     ends_with_downsample = any(re.match(r"(levels|layers)\.0\.downsample\.", key) for key in state_dict)
     out = {}
     for key, value in state_dict.items():
@@ -408,9 +427,11 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
             key = re.sub(r"^levels\.(\d+)\.downsample\.", lambda m: f"levels.{int(m[1]) + 1}.downsample.", key)
         key = re.sub(r"\.gamma([12])$", r".ls\1.gamma", key)
         key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
-        if key.endswith(".rpb"):
-            value = resize_rpb(value, model.get_submodule(key.removesuffix(".rpb")).kernel_size)
+        if key in own and key.endswith(".rpb"):
+            value = resize_rpb(value, [(side + 1) // 2 for side in own[key].shape[1:]])
         out[key] = value
+    if not any(re.match(r"norm\d", key) for key in out):  # classifiers were published without stage norms
+        out |= {key: value for key, value in own.items() if re.match(r"norm\d", key)}
     return out
 
 
@@ -421,6 +442,8 @@ def create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
         feature_cfg["out_indices"] = 3  # the last three blocks, as timm's ViTs
     if kwargs.get("isotropic") or kwargs.get("stage_norm"):
         feature_cfg["feature_cls"] = "getter"  # stage norms are not on the path from one level to the next
+    if kwargs.get("stage_norm") and kwargs.get("feature_cls", "getter") != "getter":
+        raise ValueError(f'stage_norm needs feature_cls="getter", got {kwargs["feature_cls"]!r}')
     return build_model_with_cfg(
         NAT,
         variant,

@@ -41,13 +41,18 @@ def _register(flop_counter: ModuleType) -> None:
 
 
 class _RegisterOnImport(MetaPathFinder):
-    """Finds PyTorch's module once, as the usual finders do, and registers the formulas after it has run."""
+    """Finds PyTorch's module as the usual finders do, and registers the formulas each time it has run."""
+
+    searching = False
 
     def find_spec(self, fullname, path, target=None) -> ModuleSpec | None:
-        if fullname != _FLOP_COUNTER:
+        if fullname != _FLOP_COUNTER or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         run = spec.loader.exec_module
 
         def run_and_register(module: ModuleType) -> None:

@@ -35,6 +35,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None
                 f"got {tuple(x.shape[:-2])}"
             )
     heads, kv_heads = query.shape[-2], key.shape[-2]
+    if query.shape[-1] == 0:
+        raise ValueError("query must have a head_dim of at least 1, got 0")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have the head_dim of query, {query.shape[-1]}, got {key.shape[-1]}")
     if value.shape[-2] != kv_heads:
@@ -71,9 +73,11 @@ def _attend(
     window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
     autocast = autocast_dtype(query.device.type)
     if autocast is not None:  # the bias keeps its dtype: it is added to float32 logits
-        query, key, value = query.to(autocast), key.to(autocast), value.to(autocast)
+        query, key, value = (_autocast(x, autocast) for x in (query, key, value))
     if not torch.jit.is_tracing():  # where sizes are tensors
         _check_tensors(query, key, value, rpb, window)
+    if not isinstance(scale, (int, float, type(None))):
+        raise ValueError(f"scale must be a number or None, got {scale!r}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     # An exported program should run anywhere: the choice is then the backend that consists of ATen operations.
     name = "torch" if backend is None and _can_inline(query) else resolve(backend, query, value)
@@ -86,6 +90,11 @@ def _attend(
     else:
         out, lse = ops.attention(query, key, value, rpb, *[list(map(int, axes)) for axes in window], scale, name)
     return (out, lse) if return_lse else out
+
+
+def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in the autocast dtype, unless autocast leaves its kind alone, as float64."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def _can_inline(query: Tensor) -> bool:

@@ -15,9 +15,8 @@ class _NeighborhoodAttention(nn.Module):
     """Multi-head self-attention over each token's neighborhood (NAT, Hassani et al., CVPR 2023, section 3).
 
     A map that is shorter than `kernel_size * dilation` on some axis is zero-padded to that size at its end before the
-    qkv projection and cropped afterwards, as in the published models: a padded token has key and value equal to their
-        biases and
-    takes part in the softmax.
+    qkv projection and cropped afterwards, as in the published models: a padded token has its key and value equal to the
+    biases of the projection, and takes part in the softmax.
 
     Args:
         dim: channels in and out.
@@ -29,8 +28,8 @@ class _NeighborhoodAttention(nn.Module):
         rel_pos_bias: learn a relative position bias `rpb` (num_heads, 2 * kernel_size - 1, ...).
         qkv_bias: learn a bias in the qkv projection.
         qk_scale: factor of the dot products, `(dim // num_heads) ** -0.5` by default.
-        attn_drop: dropout probability of attention weights in training.  Runs outside the fused operator and keeps the
-            logits for the backward pass.
+        attn_drop: dropout probability of attention weights in training.  Runs outside the fused operator: it keeps the
+            logits for the backward pass, and breaks the graph of torch.compile.
         proj_drop: dropout probability of the output in training.
         backend: see `na2d`.
 
@@ -131,6 +130,8 @@ class _NeighborhoodAttention(nn.Module):
     @torch.jit.unused
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.training and self.attn_drop > 0:
+            if self.backend not in (None, "torch"):
+                raise RuntimeError(f'attn_drop needs backend None or "torch" in training, got backend={self.backend!r}')
             window = make_neighborhood(self.rank, self.kernel_size, self.dilation, self.stride, self.is_causal)
             run = tiled.unrolled_attention
             return run(query, key, value, self.rpb, window, self.scale, dropout_p=self.attn_drop)[0]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import Neighborhood
+from .geometry import Neighborhood, check_fits
 from .impl import backward_implementation, implementation, resolve
 
 _lib = torch.library.Library("dinat_kernels", "DEF")
@@ -38,6 +38,7 @@ def _window(
 @torch.library.impl(_lib, "attention", "CompositeExplicitAutograd")
 def _attention(query, key, value, rpb, kernel_size, dilation, stride, is_causal, scale, backend):
     window = _window(kernel_size, dilation, stride, is_causal)
+    check_fits(window, query.shape[1:-2])  # traced and scripted layers come here unchecked
     return implementation(resolve(backend or None, query, value)).attention(query, key, value, rpb, window, scale)
 
 

@@ -148,6 +148,24 @@ def test_set_input_size_recomputes_dilations_and_forward_does_not():
     assert model.img_size == (96, 96)
 
 
+def test_a_refused_input_size_changes_nothing():
+    model = timm.create_model("dinat_pico", device="meta")
+    before = model.img_size, model.dilations
+    with pytest.raises(ValueError, match="dilations must be"):
+        model.set_input_size(img_size=64, dilations="foo")
+    assert (model.img_size, model.dilations) == before
+    model.set_input_size(img_size=64)
+
+
+@pytest.mark.parametrize("name", ["dinat_pico", "dinat_isotropic_small"])
+def test_resolved_dilations_are_a_valid_argument(name):
+    model = timm.create_model(name, device="meta")
+    again = timm.create_model(name, dilations=model.dilations, device="meta")
+    assert again.dilations == model.dilations
+    again.prune_intermediate_layers([1])
+    again.set_input_size(img_size=64)
+
+
 def test_set_input_size_resizes_bias_tables():
     model = timm.create_model("dinat_pico", num_classes=3).eval()
     for parameter in model.parameters():
@@ -221,6 +239,15 @@ def test_stage_norm():
         )
 
 
+def test_stage_norm_with_published_weights_and_other_extractors(published, fill, tmp_path):
+    torch.save(published_weights("dinat_mini", published, fill), tmp_path / "published.pth")
+    overlay = dict(file=str(tmp_path / "published.pth"))
+    model = timm.create_model("dinat_mini", pretrained=True, pretrained_cfg_overlay=overlay, stage_norm=True)
+    assert model.norm3.weight.eq(1).all()
+    with pytest.raises(ValueError, match="stage_norm needs feature_cls=\"getter\", got 'list'"):
+        timm.create_model("dinat_pico", features_only=True, stage_norm=True, feature_cls="list")
+
+
 @pytest.mark.parametrize("name", ["dinat_pico", "nat_isotropic_small"])
 def test_impossible_output_stride(name):
     with pytest.raises(ValueError, match=r"output_stride must be (8|16), the natural one of this model, got 4"):
@@ -232,6 +259,12 @@ def test_wrong_dilations():
         timm.create_model("dinat_pico", dilations=[[1, 1]], device="meta")
     with pytest.raises(ValueError, match='"max", "gradual" or a list of lists, got \'large\''):
         timm.create_model("dinat_pico", dilations="large", device="meta")
+    with pytest.raises(ValueError, match="one list per level"):
+        timm.create_model("dinat_pico", dilations=[1, 2, 3], device="meta")
+    with pytest.raises(ValueError, match="kernel_size must be one int or one per level, 3, got"):
+        timm.create_model("dinat_pico", kernel_size=(3, 3), device="meta")
+    with pytest.raises(ValueError, match="num_heads must have one entry per level, 3"):
+        timm.create_model("dinat_pico", num_heads=(1, 2), device="meta")
 
 
 def test_layer_decay_and_weight_decay_groups():

@@ -80,6 +80,12 @@ def test_attention_dropout_keeps_the_expectation():
         torch.testing.assert_close(mean, layer.eval()(x), atol=0.02, rtol=0)
 
 
+def test_attention_dropout_does_not_replace_a_backend():
+    layer = NeighborhoodAttention2d(8, 1, 3, attn_drop=0.3, backend="reference")
+    with pytest.raises(RuntimeError, match=r"attn_drop needs backend None or \"torch\" in training, got .*'reference'"):
+        layer(torch.randn(1, 5, 5, 8))
+
+
 def test_factory_arguments():
     layer = NeighborhoodAttention2d(16, 2, 3, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}

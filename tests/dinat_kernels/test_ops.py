@@ -1,5 +1,8 @@
 """The operator inside PyTorch's machinery: compile, export, autocast, torch.func, meta tensors, FLOPs, TorchScript."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from dinat_kernels import backends, na2d
@@ -118,6 +121,34 @@ def test_autocast_halves_activations_and_keeps_the_bias(backend):
     torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
     # Autocast does not reach into the operator (that would cost 1e-2); the CPU's half kernel has an exp good to 2e-5.
     torch.testing.assert_close(lse, exact_lse, atol=2e-4, rtol=0)
+
+
+def test_autocast_leaves_float64_and_integers_alone():
+    q = torch.randn(1, 6, 6, 1, 2, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert na2d(q, q, q, 3).dtype == torch.float64
+        with pytest.raises(ValueError, match="query must be a floating-point tensor"):
+            na2d(q.int(), q, q, 3)
+
+
+def test_the_operator_refuses_a_window_that_does_not_fit():
+    q = torch.randn(1, 4, 4, 1, 2)
+    with pytest.raises(ValueError, match=r"kernel_size 3 \* dilation 2 = 6 > length 4"):
+        forward(q, q, q, None, [3, 3], [2, 2], [1, 1], [0, 0], 1.0, "")
+
+
+def test_formulas_survive_a_look_at_the_flop_counter():
+    script = """
+import importlib.util, torch, dinat_kernels
+importlib.util.find_spec("torch.utils.flop_counter")
+from torch.utils.flop_counter import FlopCounterMode
+q = torch.randn(1, 8, 8, 1, 4)
+with FlopCounterMode(display=False) as counter:
+    dinat_kernels.na2d(q, q, q, 3)
+print(counter.get_total_flops())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) == 2 * 64 * 9 * (4 + 4)
 
 
 def test_meta_tensors():

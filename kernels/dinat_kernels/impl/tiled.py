@@ -81,8 +81,10 @@ def _make_axis(length: int, k: int, d: int, s: int, causal: bool, tile: int) -> 
             slot[q * d + group] = len(query) * tile + np.arange(tile)
             query.append(q * d + group)
             key.append(np.minimum(j, n - 1) * d + group)
-    patterns, kind = np.unique(np.stack(entry), axis=0, return_inverse=True)
-    return _Axis(np.stack(query), np.stack(key), patterns, kind.reshape(-1), slot)
+    kinds = {pattern.tobytes(): pattern for pattern in entry}
+    order = {content: i for i, content in enumerate(kinds)}
+    kind = np.array([order[pattern.tobytes()] for pattern in entry])
+    return _Axis(np.stack(query), np.stack(key), np.stack(list(kinds.values())), kind, slot)
 
 
 def _choose_tiles(spatial: tuple[int, ...], window: Neighborhood) -> tuple[int, ...]:
@@ -331,6 +333,8 @@ def _fused_attention(
         if not plan.is_one_tile:
             index = plan.tensor(name, device=device)[tiles]
             x = x.index_select(1, index.flatten()).view(-1, index.shape[1], *x.shape[2:])
+        elif x.stride(-1) != 1:  # which the fused attention takes for granted
+            x = x.contiguous()
         return x.transpose(1, 2)
 
     outs: list[list[Tensor]] = []
@@ -379,8 +383,8 @@ def unrolled_attention(
 
     Args:
         dropout_p: probability of zeroing an attention weight; the others are scaled by `1 / (1 - dropout_p)`.
-        chunk: the largest number of logits that exist at a time; None computes all at once, with no loop over the
-            batch.
+        chunk: the largest number of logits that exist at a time. None computes all at once, with no loop over the
+            batch; lse has its exact gradient only then.
     """
     batch, *spatial, heads, _ = query.shape
     kv_heads, dtype, device = key.shape[-2], working_dtype(query.dtype), query.device
@@ -400,8 +404,12 @@ def unrolled_attention(
                 _gather(q[images], query_index, dtype) * scale, _gather(k[images], key_index, dtype), tile_bias
             )
             weights = logits.softmax(-1)
-            # The largest weight is exp(largest logit - lse); twice as fast as logsumexp, which exponentiates again.
-            lses[-1].append(logits.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log())
+            if chunk is None:
+                lses[-1].append(logits.logsumexp(-1, keepdim=True))
+            else:
+                # The largest weight is exp(largest logit - lse). Not for autograd, which splits gradients among ties,
+                # but twice as fast as logsumexp, which exponentiates again.
+                lses[-1].append(logits.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log())
             weights = F.dropout(weights, dropout_p) if dropout_p else weights
             outs[-1].append(weights @ _gather(v[images], key_index, dtype))
     slot = plan.tensor("slot", device=device)
