@@ -75,7 +75,7 @@ def compile_case(arch: str, heads: int, lengths: tuple[int, ...], window: dict, 
 
     # What Triton's launcher would specialise on: ones, and divisibility by 16.
     names = forward.forward_kernel.arg_names
-    constants = {name: value for name, value in plan.constants.items() if name in names}
+    constants = dict(plan.constants)
     pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), f"*{TYPES[dtype]}") | dict(p_rpb="*fp32", p_lse="*fp32")
     integers = dict(zip(names[names.index("scale") + 1 :], plan.integers, strict=False))
     signature, divisible = {}, []
@@ -91,8 +91,7 @@ def compile_case(arch: str, heads: int, lengths: tuple[int, ...], window: dict, 
             divisible.append(name)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(forward.forward_kernel, signature, constants, attributes)
-    options = {name: plan.constants[name] for name in ("num_warps", "num_stages")}
-    return plan, triton.compile(source, target=ARCHITECTURES[arch][0], options=options)
+    return plan, triton.compile(source, target=ARCHITECTURES[arch][0], options=plan.options)
 
 
 def _cuobjdump(kernel, option: str) -> str:
@@ -155,8 +154,7 @@ def row(arch: str, case: tuple) -> dict:
         tile="x".join(map(str, constants["TILE"])),
         block=f"{constants['ROWS']}x{constants['COLS']}/{constants['BK']}",
         blocks=blocks,
-        num_warps=constants["num_warps"],
-        num_stages=constants["num_stages"],
+        **plan.options,
         registers=registers,
         spills=spills,
         shared_bytes=shared,
@@ -166,7 +164,7 @@ def row(arch: str, case: tuple) -> dict:
     )
     if layer is not None and ARCHITECTURES[arch][2] is not None:
         gpu, processors, clock = ARCHITECTURES[arch][2]
-        warps = plan.grid[0] * constants["num_warps"]
+        warps = plan.grid[0] * plan.options["num_warps"]
         issue = warps * (len(outside) + blocks * len(inside)) / (4 * processors * clock)
         exponentials = warps * 32 * blocks * counts["exp2"] / DEVICES[gpu].exponentials
         least = floor(layer, BATCH, DEVICES[gpu])

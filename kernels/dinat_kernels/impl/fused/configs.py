@@ -59,7 +59,7 @@ _SHIPPED = (
     (16, False, 64, math.inf, Config(32, 64, 2, 2)),
     (16, False, 128, math.inf, Config(32, 32, 2, 2)),
     (32, False, 64, math.inf, Config(32, 32, 4, 1)),
-    (32, False, 128, math.inf, Config(32, 32, 8, 1)),
+    (32, False, 128, math.inf, Config(16, 32, 8, 1)),
 )
 
 
