@@ -103,12 +103,12 @@ def _cuobjdump(kernel, option: str) -> str:
 
 
 def resources(kernel) -> tuple[int, int, list[tuple[int, str, int | None]]]:
-    """Registers, spilled registers (or bytes of stack), and the instructions: (address, mnemonic, branch target)."""
+    """Registers, bytes spilled to memory, and the instructions: (address, mnemonic, branch target)."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         registers, spills = (
             sum(int(n) for n in re.findall(rf"\.{name}:\s*(\d+)", text))
-            for name in ("vgpr_count", "[sv]gpr_spill_count")
+            for name in ("vgpr_count", "private_segment_fixed_size")  # scalar registers spill into vector ones
         )
         code, labels = [], {}
         for line in text.splitlines():
