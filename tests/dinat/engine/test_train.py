@@ -45,7 +45,7 @@ def test_export_is_a_timm_model(trained):
     assert equal(model.state_dict(), read_checkpoint(run / "last.pt")["state_dict_ema"])  # the average, as it was on
     assert not equal(model.state_dict(), read_checkpoint(run / "last.pt")["state_dict"])
     assert model.num_classes == 10
-    assert timm.data.resolve_data_config(model=model)["input_size"] == (3, 16, 16)
+    assert tuple(timm.data.resolve_data_config(model=model)["input_size"]) == (3, 16, 16)
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
 
 
