@@ -12,7 +12,8 @@ from dinat.engine.models import to_dict
 from dinat.engine.optim import create_optimizer, create_schedule
 
 EXPERIMENTS = Path(__file__).parents[3] / "configs" / "experiment"
-RECIPES = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if path.stem != "digits")
+OURS = {"digits", "folder", "finetune"}
+RECIPES = sorted({path.stem for path in EXPERIMENTS.glob("*.yaml")} - OURS)
 FROM_SCRATCH = [name for name in RECIPES if "large" not in name]
 FINE_TUNED = [name for name in RECIPES if "large" in name and not name.endswith("in22k")]
 PRETRAINED = [name for name in RECIPES if name.endswith("in22k")]
