@@ -264,6 +264,9 @@ class NAT(nn.Module):
                 full attention).
             dilations: a policy or explicit list (see `resolve_dilations`), the policy of construction if None; an
                 explicit list of construction is kept.
+
+        Raises:
+            ValueError: `kernel_size` or `dilations` do not fit the model, which is then left as it was.
         """
         before = self.img_size, self.dilation_policy
         self.img_size = self.img_size if img_size is None else to_2tuple(img_size)

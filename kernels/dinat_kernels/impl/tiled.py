@@ -272,8 +272,7 @@ def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _gather(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Tiles of `x` (batch, kv_heads, group, tokens, dim) at `index` (tiles, slots): (batch, kv_heads, tiles, group *
-    slots, dim).
+    """Tiles of `x`: (batch, kv_heads, group, tokens, dim) and index (tiles, slots) to (..., tiles, group * slots, dim).
 
     The heads of a group follow one another in the slots, so that they share one matrix product with their key head.
     """
