@@ -21,12 +21,16 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import triton
 from dinat_kernels.geometry import make_neighborhood
-from dinat_kernels.impl.fused import forward, launch
+from dinat_kernels.impl.fused import launch
 from problems import DEVICES, MODELS, Problem, floor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -55,28 +59,51 @@ def cases() -> list[tuple[str, int, Problem | None, tuple[int, ...], dict, torch
     for p in MODELS["dinat_tiny"]:
         window = dict(kernel_size=p.kernel_size, dilation=p.dilation)
         rows.append((p.name, p.heads, p, (p.side, p.side), window, torch.bfloat16, p.head_dim))
-    for dtype, dims in {torch.bfloat16: (32, 64, 128), torch.float16: (32,), torch.float32: (32, 64, 128)}.items():
-        for dim in dims:
-            for k in (7, 11):
-                rows.append((f"halo{k}", 4, None, (96, 96), dict(kernel_size=k), dtype, dim))
-                rows.append((f"dense{k}", 4, None, (8 * k, 8 * k), dict(kernel_size=k, dilation=8), dtype, dim))
-        rows.append(("causal_1d", 4, None, (4096,), dict(kernel_size=64, is_causal=True), dtype, 32))
-        rows.append(("volume", 4, None, (16, 32, 32), dict(kernel_size=3), dtype, 32))
+    halo7, halo11 = ((96, 96), dict(kernel_size=7)), ((96, 96), dict(kernel_size=11))
+    dense7, dense11 = ((56, 56), dict(kernel_size=7, dilation=8)), ((88, 88), dict(kernel_size=11, dilation=8))
+    causal = ((4096,), dict(kernel_size=64, is_causal=True))
+    long = ((4096,), dict(kernel_size=256))
+    volume = ((16, 32, 32), dict(kernel_size=3))
+    others = {  # at least one problem for each row of the table of configurations
+        (torch.bfloat16, 32): dict(halo11=halo11, dense11=dense11, causal_1d=causal, long_1d=long, volume=volume),
+        (torch.bfloat16, 64): dict(halo7=halo7, dense7=dense7, halo11=halo11, dense11=dense11, long_1d=long),
+        (torch.bfloat16, 128): dict(halo7=halo7, dense7=dense7),
+        (torch.float16, 32): dict(halo7=halo7, dense7=dense7),
+        (torch.float32, 32): dict(halo7=halo7),
+        (torch.float32, 64): dict(halo7=halo7),
+        (torch.float32, 128): dict(halo7=halo7),
+    }
+    for (dtype, dim), problems in others.items():
+        rows += [(name, 4, None, lengths, window, dtype, dim) for name, (lengths, window) in problems.items()]
     return rows
 
 
-def compile_case(arch: str, heads: int, lengths: tuple[int, ...], window: dict, dtype: torch.dtype, dim: int):
-    """The plan and the compiled kernel of a problem whose q, k, v are views of one packed projection."""
+def make_plan(kernel: str, arch: str, heads: int, lengths: tuple, window: dict, dtype: torch.dtype, dim: int):
+    """The plan of a problem whose q, k, v are views of one packed projection."""
     neighborhood = make_neighborhood(len(lengths), **window)
     packed = torch.empty(BATCH, *lengths, 3, heads, dim, dtype=dtype, device="meta").unbind(-3)[0]
-    tensor = (packed.shape, packed.stride())
+    layouts = [packed] * 3 if kernel == "forward" else [*[packed] * 3, packed.contiguous()]
+    layouts = tuple((x.shape, x.stride()) for x in layouts)
     with_bias = not any(neighborhood.is_causal)
-    plan = launch.make_plan(tensor, tensor, tensor, dtype, arch, neighborhood, with_bias, 1, "ieee")
+    return launch.make_plan(kernel, layouts, dtype, arch, neighborhood, with_bias, 1, "ieee")
 
+
+def kernels(plan: Callable[[str], launch.Plan]) -> list[str]:
+    """The kernels that a problem needs, of all that there are."""
+    query = plan("query").constants
+    names = ["forward", "query"]
+    if query["HAS_RPB"] and not query["GRAD_RPB"]:
+        names.append("rpb")
+    return names if query["WHOLE"] else [*names, "key"]
+
+
+def compile_plan(plan: launch.Plan, arch: str, dtype: torch.dtype):
+    """The compiled kernel of a plan."""
     # What Triton's launcher would specialise on: ones, and divisibility by 16.
-    names = forward.forward_kernel.arg_names
+    names = plan.kernel.arg_names
     constants = dict(plan.constants)
-    pointers = dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), f"*{TYPES[dtype]}") | dict(p_rpb="*fp32", p_lse="*fp32")
+    fp32 = ("p_rpb", "p_drpb", "p_lse", "p_dlse", "p_delta")
+    pointers = {name: "*fp32" if name in fp32 else f"*{TYPES[dtype]}" for name in names if name.startswith("p_")}
     integers = dict(zip(names[names.index("scale") + 1 :], plan.integers, strict=False))
     signature, divisible = {}, []
     for name in names:
@@ -90,8 +117,8 @@ def compile_case(arch: str, heads: int, lengths: tuple[int, ...], window: dict, 
         if name in pointers or (signature[name] != "constexpr" and integers.get(name, 1) % 16 == 0):
             divisible.append(name)
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    source = ASTSource(forward.forward_kernel, signature, constants, attributes)
-    return plan, triton.compile(source, target=ARCHITECTURES[arch][0], options=plan.options)
+    source = ASTSource(plan.kernel, signature, constants, attributes)
+    return triton.compile(source, target=ARCHITECTURES[arch][0], options=plan.options)
 
 
 def _cuobjdump(kernel, option: str) -> str:
@@ -129,35 +156,43 @@ def resources(kernel) -> tuple[int, int, list[tuple[int, str, int | None]]]:
 
 
 def split_loop(code: list[tuple[int, str, int | None]]) -> tuple[list[str], list[str]]:
-    """Mnemonics inside the longest loop and outside of it; all are inside if there is none."""
+    """Mnemonics inside the longest loop with matrix instructions and outside of it; all are inside if there is none."""
     loops = [(target, at) for at, _, target in code if target is not None and target < at]
+    matrix = [at for at, name, _ in code if re.match(KINDS["matrix"], name)] or [0]
+    loops = [(first, last) for first, last in loops if any(first <= at <= last for at in matrix)]
     first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(-1, math.inf))
     inside = [name for at, name, _ in code if first <= at <= last]
     return inside, [name for at, name, _ in code if not first <= at <= last]
 
 
-def row(arch: str, case: tuple) -> dict:
-    """Compile one case and describe the result."""
+def rows(arch: str, case: tuple) -> list[dict]:
+    """Compile all kernels of one case and describe the results."""
     name, heads, layer, lengths, window, dtype, dim = case
-    plan, kernel = compile_case(arch, heads, lengths, window, dtype, dim)
-    registers, spills, code = resources(kernel)
+    plan = partial(make_plan, arch=arch, heads=heads, lengths=lengths, window=window, dtype=dtype, dim=dim)
+    return [row(arch, name, kernel, layer, plan(kernel), dtype) for kernel in kernels(plan)]
+
+
+def row(arch: str, name: str, kernel: str, layer: Problem | None, plan: launch.Plan, dtype: torch.dtype) -> dict:
+    compiled = compile_plan(plan, arch, dtype)
+    registers, spills, code = resources(compiled)
     inside, outside = split_loop(code)
-    constants, shared = plan.constants, kernel.metadata.shared
-    span = constants["SPAN"]
-    blocks = -(-span[0] * span[1] // constants["ROWS"]) * -(-span[2] // constants["COLS"])
+    constants = plan.constants
+    blocks = constants["BOX"][-1] if kernel != "rpb" else 1
     counts = {kind: sum(bool(re.match(pattern, m)) for m in inside) for kind, pattern in KINDS.items()}
     result = dict(
         arch=arch,
         dtype=TYPES[dtype],
-        head_dim=dim,
+        head_dim=constants["HEAD_DIM"],
         problem=name,
-        tile="x".join(map(str, constants["TILE"])),
-        block=f"{constants['ROWS']}x{constants['COLS']}/{constants['BK']}",
+        kernel=kernel,
+        tile="x".join(map(str, constants["TILE"][:3])),
+        block="{3}x{4}".format(*constants["BOX"]) + f"/{constants['BQ' if kernel == 'key' else 'BK']}",
         blocks=blocks,
+        images=plan.integers[-1],
         **plan.options,
         registers=registers,
         spills=spills,
-        shared_bytes=shared,
+        shared_bytes=compiled.metadata.shared,
         **{f"block_{kind}": count for kind, count in counts.items()},
         block_all=len(inside),
         other=len(outside),
@@ -165,12 +200,15 @@ def row(arch: str, case: tuple) -> dict:
     if layer is not None and ARCHITECTURES[arch][2] is not None:
         gpu, processors, clock = ARCHITECTURES[arch][2]
         warps = plan.grid[0] * plan.options["num_warps"]
-        issue = warps * (len(outside) + blocks * len(inside)) / (4 * processors * clock)
-        exponentials = warps * 32 * blocks * counts["exp2"] / DEVICES[gpu].exponentials
-        least = floor(layer, BATCH, DEVICES[gpu])
-        times = dict(issue_us=issue, exp2_us=exponentials, floor_us=least)
+        loops = blocks * plan.integers[-1]
+        issue = warps * (len(outside) + loops * len(inside)) / (4 * processors * clock)
+        exponentials = warps * 32 * loops * counts["exp2"] / DEVICES[gpu].exponentials
+        times = dict(issue_us=issue, exp2_us=exponentials)
+        if kernel == "forward":
+            least = times["floor_us"] = floor(layer, BATCH, DEVICES[gpu])
         result |= {column: round(1e6 * seconds, 1) for column, seconds in times.items()}
-        result["paper_ratio"] = round(least / max(issue, exponentials, least), 2)
+        if kernel == "forward":
+            result["paper_ratio"] = round(least / max(issue, exponentials, least), 2)
     return result
 
 
@@ -182,7 +220,7 @@ def faults(row: dict) -> list[str]:
         f"{row['shared_bytes']} bytes of shared memory, of {limit}": row["shared_bytes"] > limit,
         "no tensor-core instructions": row["dtype"] != "fp32" and not row["block_matrix"],
     }
-    where = " ".join(str(row[column]) for column in ("arch", "dtype", "head_dim", "problem"))
+    where = " ".join(str(row[column]) for column in ("arch", "dtype", "head_dim", "problem", "kernel"))
     return [f"{where}: {fault}" for fault, is_true in found.items() if is_true]
 
 
@@ -192,17 +230,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="beginning of the problem's name")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "aot.csv"), help="- for the screen")
     args = parser.parse_args()
-    rows = []
-    for arch in args.arch:
-        for case in cases():
-            if case[0].startswith(args.only):
-                rows.append(row(arch, case))
-                print(*rows[-1].values(), file=sys.stderr, flush=True)
+    work = [(arch, case) for arch in args.arch for case in cases() if case[0].startswith(args.only)]
+    table = []
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for entries in pool.map(rows, *zip(*work, strict=True)):
+            table += entries
+            for entry in entries:
+                print(*entry.values(), file=sys.stderr, flush=True)
     with open(args.output, "w", newline="") if args.output != "-" else sys.stdout as file:
-        writer = csv.DictWriter(file, max(rows, key=len).keys(), lineterminator="\n")
+        writer = csv.DictWriter(file, max(table, key=len).keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    sys.exit("\n".join(fault for row in rows for fault in faults(row)) or None)
+        writer.writerows(table)
+    sys.exit("\n".join(fault for entry in table for fault in faults(entry)) or None)
 
 
 if __name__ == "__main__":

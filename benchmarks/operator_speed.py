@@ -6,8 +6,9 @@ Peers run in the same process on the same tensors: FlexAttention (compiled; same
 dot-product attention with the bias as its mask, a gather of every query's keys, and NATTEN where it is installed
 (without bias, which it does not have).  A peer that cannot run a problem leaves a line on the screen and no row.
 
-Times are medians with 20th and 80th percentiles, in microseconds, of a forward pass with the L2 cache cleared before
-each.  `floor_ratio` is the floor of problems.py over the median.
+Times are medians with 20th and 80th percentiles, in microseconds, of a forward pass ("forward") or of a forward and
+backward pass with the gradients of q, k, v and the bias ("training"), with the L2 cache cleared before each.
+`floor_ratio` is the floor of problems.py over the median.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,8 +84,17 @@ def flex(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Cal
 
     blocks = torch.compile(create_block_mask)(mask, None, None, side**2, side**2, device="cuda")
     attend = torch.compile(flex_attention, dynamic=False)
-    heads_first = [x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)]
-    return lambda: attend(*heads_first, block_mask=blocks, score_mod=None if rpb is None else add_bias)
+    score_mod = None if rpb is None else add_bias
+    return lambda: heads_last(attend(*heads_first(q, k, v), block_mask=blocks, score_mod=score_mod), side)
+
+
+def heads_first(*tensors: Tensor) -> list[Tensor]:
+    """(batch, side, side, heads, dim) to (batch, heads, tokens, dim), as attention functions of PyTorch take it."""
+    return [x.flatten(1, 2).transpose(1, 2) for x in tensors]
+
+
+def heads_last(out: Tensor, side: int) -> Tensor:
+    return out.transpose(1, 2).unflatten(1, (side, side))
 
 
 def dense(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Callable[[], Tensor]:
@@ -93,10 +104,18 @@ def dense(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Ca
     index = torch.arange(p.side, device="cuda")
     visible, entry = visible_and_entry(p, start, index[:, None], index[None, :])
     mask = (visible[:, None, :, None] & visible[None, :, None, :])[None]
-    bias = 0.0 if rpb is None else rpb[:, entry[:, None, :, None], entry[None, :, None, :]]
-    bias = torch.where(mask, bias, float("-inf")).to(q.dtype).flatten(3, 4).flatten(1, 2)
-    heads_first = [x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)]
-    return lambda: F.scaled_dot_product_attention(*heads_first, attn_mask=bias[None])
+
+    def bias() -> Tensor:
+        bias = 0.0 if rpb is None else rpb[:, entry[:, None, :, None], entry[None, :, None, :]]
+        return torch.where(mask, bias, float("-inf")).to(q.dtype).flatten(3, 4).flatten(1, 2)[None]
+
+    ready = None if rpb is not None and rpb.requires_grad else bias()  # training makes it anew for its gradient
+
+    def run() -> Tensor:
+        attn_mask = bias() if ready is None else ready
+        return heads_last(F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=attn_mask), p.side)
+
+    return run
 
 
 def gather(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Callable[[], Tensor]:
@@ -106,13 +125,15 @@ def gather(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> C
     index = (tokens[:, None, :, None] * p.side + tokens[None, :, None, :]).flatten(0, 1).flatten(1)  # (queries, keys)
     position = torch.arange(p.side, device="cuda") // p.dilation
     entry = tokens // p.dilation - position[:, None] + p.kernel_size - 1  # (side, kernel_size)
-    bias = None if rpb is None else rpb[:, entry[:, None, :, None], entry[None, :, None, :]].flatten(1, 2).flatten(2)
 
     def run() -> Tensor:
+        bias = (
+            None if rpb is None else rpb[:, entry[:, None, :, None], entry[None, :, None, :]].flatten(1, 2).flatten(2)
+        )
         queries, keys, values = (x.flatten(1, 2) for x in (q, k, v))  # (batch, tokens, heads, dim)
         logits = torch.einsum("bqhd,bqkhd->bhqk", queries, keys[:, index]) * p.head_dim**-0.5
         weights = (logits if bias is None else logits + bias).softmax(-1).to(q.dtype)
-        return torch.einsum("bhqk,bqkhd->bqhd", weights, values[:, index])
+        return torch.einsum("bhqk,bqkhd->bqhd", weights, values[:, index]).unflatten(1, (p.side, p.side))
 
     return run
 
@@ -130,6 +151,12 @@ def measure(run: Callable[[], Tensor], seconds: float) -> tuple[float, float, fl
     """Median, 20th and 80th percentile of the run time in seconds, after warm-up."""
     times = triton.testing.do_bench(run, warmup=25, rep=int(1000 * seconds), quantiles=[0.5, 0.2, 0.8])
     return tuple(t / 1000 for t in times)
+
+
+def training(run: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """A forward and a backward pass."""
+    d_out = torch.randn_like(run())
+    return lambda: torch.autograd.grad(run(), inputs, d_out)
 
 
 def environment() -> dict[str, str]:
@@ -151,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=[*MODELS, "maps"], choices=[*MODELS, "maps"])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 16, 128])
+    parser.add_argument("--passes", nargs="*", default=["forward", "training"], choices=["forward", "training"])
     parser.add_argument("--kernels", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--seconds", type=float, default=0.1, help="of measuring, per row")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -171,25 +199,29 @@ def main() -> None:
             shape = (batch, p.side, p.side, 3, p.heads, p.head_dim)
             q, k, v = torch.randn(shape, device="cuda", dtype=torch.bfloat16).unbind(3)
             table = torch.randn(p.heads, *[2 * p.kernel_size - 1] * 2, device="cuda", dtype=torch.bfloat16)
-            for kernel in args.kernels:
+            for kernel, mode in itertools.product(args.kernels, args.passes):
                 for rpb in (None,) if kernel == "natten" else (table,) if kernel != "triton" else (table, None):
                     name = f"{kernel}{'' if rpb is None else '+rpb'}"
+                    inputs = [x.detach().requires_grad_(mode == "training") for x in (q, k, v, rpb) if x is not None]
                     try:
-                        median, low, high = measure(PEERS[kernel](p, q, k, v, rpb), args.seconds)
+                        run = PEERS[kernel](p, *inputs[:3], inputs[3] if rpb is not None else None)
+                        run = training(run, inputs) if mode == "training" else run
+                        median, low, high = measure(run, args.seconds)
                     except Exception as error:  # a peer that is missing or fails must not stop the others
-                        print(f"{p.name} batch {batch} {name}: {type(error).__name__}: {str(error)[:100]}", flush=True)
+                        reason = f"{type(error).__name__}: {str(error)[:100]}"
+                        print(f"{p.name} batch {batch} {mode} {name}: {reason}", flush=True)
                         continue
-                    ratio = round(floor(p, batch, rates) / median, 3) if rates else ""
+                    ratio = round(floor(p, batch, rates, training=mode == "training") / median, 3) if rates else ""
                     times = {key: round(1e6 * t, 1) for key, t in dict(median=median, p20=low, p80=high).items()}
-                    problem = f"{p.name} batch {batch}"
-                    row = facts | dict(kernel=name, problem=problem) | times | dict(floor_ratio=ratio)
+                    problem = {"problem": f"{p.name} batch {batch}", "pass": mode}
+                    row = facts | dict(kernel=name) | problem | times | dict(floor_ratio=ratio)
                     write_header = not args.output.exists()
                     with open(args.output, "a", newline="") as file:
                         writer = csv.DictWriter(file, row, lineterminator="\n")
                         if write_header:
                             writer.writeheader()
                         writer.writerow(row)
-                    print(problem, name, *times.values(), ratio, flush=True)
+                    print(*problem.values(), name, *times.values(), ratio, flush=True)
 
 
 if __name__ == "__main__":

@@ -57,13 +57,18 @@ DEVICES = {
 }
 
 
-def floor(problem: Problem, batch: int, device: Device, element_size: int = 2) -> float:
-    """Seconds below which no implementation gets: the slowest of memory, products and exponentials of visible keys."""
+def floor(problem: Problem, batch: int, device: Device, element_size: int = 2, *, training: bool = False) -> float:
+    """Seconds below which no implementation gets: the slowest of memory, products and exponentials of visible keys.
+
+    In training, a backward pass follows: it reads q, k, v, out and its gradient and writes three gradients, takes five
+    products to the forward pass's two, and exponentiates again.
+    """
     tokens = batch * problem.side**2 * problem.heads
-    keys = problem.kernel_size**2
-    moved = 4 * tokens * problem.head_dim * element_size
-    flop = 4 * tokens * problem.head_dim * keys
-    return max(moved / device.bandwidth, flop / device.matrix, tokens * keys / device.exponentials)
+    pairs = tokens * problem.kernel_size**2
+    moved = (12 if training else 4) * tokens * problem.head_dim * element_size
+    flop = (14 if training else 4) * pairs * problem.head_dim
+    exponentials = (2 if training else 1) * pairs
+    return max(moved / device.bandwidth, flop / device.matrix, exponentials / device.exponentials)
 
 
 def device_named(name: str) -> Device | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from dinat_kernels import NeighborhoodAttention2d
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale, Mlp, use_fused_attn
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
@@ -38,6 +38,8 @@ class NATBlock(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
+        if backend is None and not use_fused_attn():  # TIMM_FUSED_ATTN=0, or timm's exportable mode
+            backend = "torch"
         self.norm1 = norm_layer(dim, **dd)
         self.attn = NeighborhoodAttention2d(
             dim,

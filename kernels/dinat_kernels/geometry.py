@@ -99,6 +99,28 @@ def visible_range(
     return start, start + kernel_size
 
 
+def seeing_range(
+    position: np.ndarray, length: int, kernel_size: int, stride: int, is_causal: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and one-past-last query position that sees a key, for key positions: the inverse of `visible_range`.
+
+    A range, because the bounds of visible ranges are monotonic; so are both results.
+    """
+    if is_causal:
+        # start(query) <= key, where start is that of the stride group's last query.
+        end = (position + kernel_size - stride) // stride * stride + stride
+        return position, np.where(position + kernel_size > length - 1, length, np.minimum(end, length))
+    half, lead = kernel_size // 2, stride // 2
+    # start(query) > key - kernel_size, unless start is 0 for all that come before.
+    start = -(-(position - kernel_size + 1 + half - lead) // stride) * stride
+    # start(query) <= key, unless start is the last one for all that follow.
+    end = (position + half - lead) // stride * stride + stride
+    return (
+        np.where(position < kernel_size, 0, start),
+        np.where(position >= length - kernel_size, length, np.minimum(end, length)),
+    )
+
+
 def visible_pairs(window: Neighborhood, spatial: Sequence[int]) -> int:
     """Number of visible (query, key) pairs of one head on a map of size `spatial`."""
     total = 1

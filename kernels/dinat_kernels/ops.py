@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Neighborhood, check_fits
-from .impl import backward_implementation, implementation, resolve
+from .impl import implementation, resolve
 
 _lib = torch.library.Library("dinat_kernels", "DEF")
 # is_causal is 0 or 1 per axis: torch.jit.trace knows no lists of bool.
@@ -47,7 +47,7 @@ def _attention_backward(
     grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, dilation, stride, is_causal, scale, backend
 ):
     window = _window(kernel_size, dilation, stride, is_causal)
-    run = backward_implementation(resolve(backend or None, query, value)).attention_backward
+    run = implementation(resolve(backend or None, query, value)).attention_backward
     grads = run(grad_out, grad_lse, query, key, value, rpb, out, lse, window, scale)
     return [grad for grad in grads if grad is not None]
 

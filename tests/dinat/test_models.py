@@ -320,6 +320,20 @@ def test_options_reach_their_modules():
     assert model.head.drop.p == 0.1
 
 
+def test_timm_switches_fused_kernels_off():
+    def backend() -> str | None:
+        return timm.create_model("dinat_pico").levels[0].blocks[0].attn.backend
+
+    assert backend() is None
+    try:
+        timm.layers.set_fused_attn(False)
+        assert backend() == "torch"
+    finally:
+        timm.layers.set_fused_attn(True)
+    with timm.layers.set_exportable(True):
+        assert backend() == "torch"
+
+
 def test_reference_and_torch_backends_agree():
     torch.manual_seed(0)
     model = timm.create_model("dinat_pico", num_classes=10, backend="torch")

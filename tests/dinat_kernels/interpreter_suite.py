@@ -30,13 +30,17 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if programs(case) <= 12], ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", [case for case in CASES if programs(case) <= 10], ids=lambda case: case["name"])
 def test_golden(case, fill):
     prefix = case.get("seed_prefix", case["name"])
     shape = (case["batch"], *case["spatial"], case["heads"], case["head_dim"])
-    q, k, v = (fill.tensor_for_input(f"{prefix}/{name}", shape) for name in "qkv")
-    table = (case["heads"],) + (2 * case["kernel_size"] - 1,) * case["rank"] if case["rpb"] else None
-    results = NA[case["rank"]](
+    inputs = [fill.tensor_for_input(f"{prefix}/{name}", shape) for name in "qkv"]
+    if case["rpb"]:
+        table = (case["heads"],) + (2 * case["kernel_size"] - 1,) * case["rank"]
+        inputs.append(fill.tensor_for_input(f"{prefix}/rpb", table))
+    inputs = [x.requires_grad_() for x in inputs]
+    q, k, v, *rpb = inputs
+    out, lse = NA[case["rank"]](
         q,
         k,
         v,
@@ -44,20 +48,24 @@ def test_golden(case, fill):
         dilation=case["dilation"],
         stride=case.get("stride", 1),
         is_causal=case.get("is_causal", False),
-        rpb=fill.tensor_for_input(f"{prefix}/rpb", table) if table else None,
+        rpb=rpb[0] if rpb else None,
         return_lse=True,
         backend="triton",
     )
+    results = dict(out=(out, 2e-5), lse=(lse, 2e-5))
+    if rpb:  # those are the cases with gradients
+        dq, dk, dv, drpb = torch.autograd.grad(out, inputs, fill.tensor_for_input(f"{prefix}/dout", shape))
+        results |= dict(dq=(dq, 5e-5), dk=(dk, 5e-5), dv=(dv, 5e-5), drpb=(drpb, 1e-4 * drpb.abs().max().item()))
     golden = load_file(GOLDEN / ("ops_rpb.safetensors" if case["rpb"] else "ops_gna.safetensors"))
-    for name, result in zip(("out", "lse"), results, strict=True):
-        torch.testing.assert_close(result, golden[f"{case['name']}/{name}"], atol=2e-5, rtol=0)
+    for name, (result, tolerance) in results.items():
+        torch.testing.assert_close(result, golden[f"{case['name']}/{name}"], atol=tolerance, rtol=0)
 
 
 def random_problem(seed: int) -> dict:
     """Every head size, rank, dtype and kind of length (dense, dense + 1, any) in turn; the rest by chance."""
     rng = random.Random(seed)
     rank = (2, 1, 2, 3)[seed % 4]
-    longest = {1: 60, 2: 14, 3: 5}[rank]
+    longest = {1: 50, 2: 10, 3: 4}[rank]
     lengths, kernel, dilation, stride, causal = [], [], [], [], []
     for _ in range(rank):
         k = rng.randint(1, {1: 12, 2: 7, 3: 3}[rank])
@@ -83,32 +91,70 @@ def random_problem(seed: int) -> dict:
     )
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_matches_the_definition(seed):
+def compare(p: dict, seed: int = 0) -> None:
+    """Outputs and all gradients, lse's included, with those of the definition in float64."""
     torch.manual_seed(seed)
-    p = random_problem(seed)
+    half = p["dtype"] == torch.float16
     # Views of one packed projection, as in the layers.
     sizes = p["heads"] * p["head_dim"], p["kv_heads"] * p["head_dim"], p["kv_heads"] * p["value_dim"]
     heads = p["heads"], p["kv_heads"], p["kv_heads"]
     packed = torch.randn(*p["shape"], sum(sizes), dtype=p["dtype"]).split(sizes, -1)
     inputs = [x.unflatten(-1, (n, -1)) for x, n in zip(packed, heads, strict=True)]
-    rpb = torch.randn(p["heads"], *(2 * k - 1 for k in p["window"]["kernel_size"])) if p["rpb"] else None
-    options = dict(p["window"], scale=p["scale"], return_lse=True)
-    attend = NA[p["rank"]]
-    results = attend(*inputs, rpb=rpb, backend="triton", **options)
-    exact_rpb = None if rpb is None else rpb.double()
-    exact = attend(*[x.double() for x in inputs], rpb=exact_rpb, backend="reference", **options)
-    rounding = [2e-5, 2e-5] if p["dtype"] == torch.float32 else [3e-3, 1e-4]
-    for result, e, tolerance in zip(results, exact, rounding, strict=True):
-        torch.testing.assert_close(result.double(), e, atol=tolerance, rtol=0)
+    if p["rpb"]:
+        inputs.append(torch.randn(p["heads"], *(2 * k - 1 for k in p["window"]["kernel_size"])))
+    d_out = torch.randn(*p["shape"], p["heads"], p["value_dim"], dtype=p["dtype"])
+    d_lse = torch.randn(*p["shape"], p["heads"])
+
+    def run(backend: str, dtype: torch.dtype | None) -> list[torch.Tensor]:
+        leaves = [x.to(dtype or x.dtype).requires_grad_() for x in inputs]
+        q, k, v, *rpb = leaves
+        window = dict(p["window"], scale=p["scale"], rpb=rpb[0] if rpb else None)
+        out, lse = NA[p["rank"]](q, k, v, **window, return_lse=True, backend=backend)
+        return [out, lse, *torch.autograd.grad((out, lse), leaves, (d_out.to(out.dtype), d_lse.to(lse.dtype)))]
+
+    tolerances = [3e-3, 1e-4, 2e-2, 2e-2, 2e-2, 2e-2] if half else [2e-5, 2e-5, 5e-5, 5e-5, 5e-5, 1e-4]
+    for i, (result, exact) in enumerate(zip(run("triton", None), run("reference", torch.float64), strict=True)):
+        largest = max(1.0, exact.abs().max().item()) if half or i == 5 else 1.0
+        torch.testing.assert_close(result.double(), exact, atol=tolerances[i] * largest, rtol=0)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_matches_the_definition(seed):
+    compare(random_problem(seed), seed)
+
+
+# Maps on which the published window is dense, one or a few tokens larger than that, and has an interior.
 @pytest.mark.parametrize("side", range(7, 15))
-def test_published_window_on_small_maps(side):
-    q, k, v = torch.randn(1, side, 21 - side if side < 14 else 7, 3, 1, 32).unbind(3)
-    rpb = torch.randn(1, 13, 13)
-    result = na2d(q, k, v, 7, rpb=rpb, backend="triton")
-    torch.testing.assert_close(result, na2d(q, k, v, 7, rpb=rpb, backend="reference"), atol=2e-5, rtol=0)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_published_window_on_small_maps(side, dtype):
+    shape, window = (1, side, 21 - side if side < 14 else 7), dict(kernel_size=[7, 7])
+    compare(dict(PLAIN, rank=2, shape=shape, head_dim=32, value_dim=32, window=window, dtype=dtype))
+
+
+PLAIN = dict(heads=1, kv_heads=1, rpb=True, scale=None, dtype=torch.float32)
+# What is special about the inverse of a neighbourhood, and about tiles that are not full.
+INVERSE = {
+    "border keys are seen from up to kernel_size - 1 away": ((1, 23), [6], [1], [1], [False]),
+    "strided windows": ((1, 23), [7], [1], [3], [False]),
+    "blocks": ((1, 20), [6], [1], [6], [False]),
+    "strided causal windows": ((1, 23), [7], [2], [4], [True]),
+    "groups of unequal length": ((1, 11, 10), [3, 2], [3, 4], [1, 1], [False, False]),
+    "a partial tile on each axis": ((1, 5, 9), [3, 3], [1, 1], [1, 2], [False, False]),
+    "images of one program": ((4, 4, 4), [4, 4], [1, 1], [1, 1], [False, False]),
+}
+
+
+@pytest.mark.parametrize("name", INVERSE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_inverse_windows(name, dtype, monkeypatch):
+    monkeypatch.setattr(fused.launch, "_PROGRAMS", 1)  # several images in a program
+    fused.launch.forget_plans()
+    shape, *axes = INVERSE[name]
+    window = dict(zip(("kernel_size", "dilation", "stride", "is_causal"), axes, strict=True))
+    rpb = not any(window["is_causal"])
+    problem = dict(rank=len(shape) - 1, shape=shape, head_dim=8, value_dim=8, window=window, dtype=dtype, rpb=rpb)
+    compare(PLAIN | problem)
+    fused.launch.forget_plans()
 
 
 def test_transposed_maps_are_read_in_place():
@@ -131,17 +177,35 @@ def test_offsets_of_64_bits(monkeypatch):
     torch.testing.assert_close(na2d(q, k, v, 3, dilation=2, backend="triton"), expected, atol=0, rtol=0)
 
 
-def test_gradients_are_those_of_the_tiled_backend():
+def test_two_runs_are_bit_equal():
     inputs = [torch.randn(1, 6, 7, 2, 8, requires_grad=True) for _ in range(3)]
     inputs.append(torch.randn(2, 5, 5, requires_grad=True))
 
-    def gradients(backend):
+    def gradients():
         q, k, v, rpb = inputs
-        out, lse = na2d(q, k, v, 3, rpb=rpb, return_lse=True, backend=backend)
-        return torch.autograd.grad(out.sin().sum() + lse.cos().sum(), inputs)
+        return torch.autograd.grad(na2d(q, k, v, 3, rpb=rpb, backend="triton").sin().sum(), inputs)
 
-    for a, e in zip(gradients("triton"), gradients("reference"), strict=True):
-        torch.testing.assert_close(a, e, atol=5e-5, rtol=1e-4)
+    assert all(map(torch.equal, gradients(), gradients()))
+
+
+def test_one_optimizer_step_of_a_model():
+    """Local and dilated layers on four map sizes, autograd around them, AdamW."""
+    timm = pytest.importorskip("timm")
+    import dinat  # noqa: F401
+
+    images, labels = torch.randn(1, 3, 32, 32), torch.tensor([3])
+
+    def step(backend: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = timm.create_model("dinat_pico", num_classes=4, depths=(2, 1, 1), backend=backend)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        return model.state_dict()
+
+    expected = step("reference")
+    for name, tensor in step("triton").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0, msg=name)
 
 
 def test_opcheck(monkeypatch):

@@ -7,6 +7,7 @@ from dinat_kernels.geometry import (
     check_fits,
     group_length,
     make_neighborhood,
+    seeing_range,
     visible_pairs,
     visible_range,
 )
@@ -94,3 +95,17 @@ def test_bad_windows_are_refused(arguments, message):
 def test_a_window_that_does_not_fit_names_axis_and_numbers():
     with pytest.raises(ValueError, match=r"kernel_size 7 \* dilation 3 = 21 > length 20 on axis 1"):
         check_fits(make_neighborhood(2, 7, 3), (21, 20))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", range(1, 20))
+def test_seeing_range_is_the_inverse(n, causal):
+    position = np.arange(n)
+    for k in range(1, n + 1):
+        for s in range(1, k + 1):
+            start, end = visible_range(position, n, k, s, causal)
+            sees = (start[:, None] <= position) & (position < end[:, None])  # (queries, keys)
+            first, last = seeing_range(position, n, k, s, causal)
+            assert np.array_equal(sees, (first <= position[:, None]) & (position[:, None] < last)), (k, s)
+            assert (np.diff(first) >= 0).all()
+            assert (np.diff(last) >= 0).all()

@@ -1,7 +1,7 @@
 """Implementations of the operator, and the choice between them.
 
-A backend is a module with `attention` and `attention_backward` (see `tiled`); one that has no backward pass is served
-by the tiled one, which needs nothing but inputs, outputs and lse.  Backends share `geometry`, never each other.
+A backend is a module with `attention` and `attention_backward` (see `tiled`).  Backends share `geometry`, never each
+other.
 """
 
 from __future__ import annotations
@@ -87,9 +87,3 @@ def backends() -> dict[str, str | None]:
 def implementation(backend: str) -> ModuleType:
     """The module behind an operator backend (the reference is not one: autograd differentiates it)."""
     return tiled if backend == "torch" else importlib.import_module(".fused", __package__)
-
-
-def backward_implementation(backend: str) -> ModuleType:
-    """The module that has the backward pass of an operator backend."""
-    module = implementation(backend)
-    return module if hasattr(module, "attention_backward") else tiled

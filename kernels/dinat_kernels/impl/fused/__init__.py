@@ -1,9 +1,8 @@
-"""The "triton" backend: one fused kernel for every rank, window and bias, on CUDA and ROCm.
+"""The "triton" backend: fused kernels for every rank, window and bias, forward and backward, on CUDA and ROCm.
 
-It has no backward pass of its own: `dinat_kernels.impl` serves that with another backend.  Importing this package
-imports Triton.
+Importing this package imports Triton.
 """
 
-from .launch import attention
+from .launch import attention, attention_backward
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_backward"]

@@ -15,17 +15,18 @@ from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """How a kernel is launched.  `tile` and `block` are upper limits: small maps and windows need less."""
+    """How a kernel is launched.  Tile and block are upper limits: small maps and windows need less, and fewer warps."""
 
-    tile: int  # queries of a program
-    block: int  # keys of a block
-    num_warps: int
+    tile: int  # tokens that a program owns: queries, or keys in the key kernel
+    block: int  # tokens of a block of the other side
+    num_warps: int  # of a tile and block of these sizes
     num_stages: int
 
 
 class ProblemClass(NamedTuple):
     """What a configuration may depend on."""
 
+    kernel: str  # "forward", "query", "key"
     arch: str  # "sm_90", "gfx942"
     bits: int  # of an input element
     dim: int  # the larger of head_dim and value_dim, rounded up to a power of two, at least 16
@@ -33,7 +34,8 @@ class ProblemClass(NamedTuple):
     window: int  # keys that a query sees
 
     def __str__(self) -> str:
-        return f"{self.arch}/{self.bits}bit/dim{self.dim}/{'dense' if self.dense else 'halo'}/window{self.window}"
+        extent = "dense" if self.dense else "halo"
+        return f"{self.kernel}/{self.arch}/{self.bits}bit/dim{self.dim}/{extent}/window{self.window}"
 
 
 def cache_file() -> Path:
@@ -43,7 +45,8 @@ def cache_file() -> Path:
 
 
 @cache
-def _user_configs() -> dict[str, Config]:
+def user_configs() -> dict[str, Config]:
+    """The user's configurations, by the name of the problem class."""
     path = cache_file()
     if not path.exists():
         return {}
@@ -51,26 +54,49 @@ def _user_configs() -> dict[str, Config]:
 
 
 # Bits, whether for dense problems only, the largest dim and window, and the configuration: the first row that covers a
-# problem serves it.  Ranked by issued instructions, and held to no spills on any architecture, with benchmarks/aot.py:
-# small tiles waste less key work, fewer warps compute fewer addresses twice.
-_SHIPPED = (
-    (16, True, 32, 64, Config(64, 64, 2, 2)),
-    (16, True, 128, 64, Config(64, 64, 4, 2)),
-    (16, False, 64, math.inf, Config(32, 64, 2, 2)),
-    (16, False, 128, math.inf, Config(32, 32, 2, 2)),
-    (32, False, 64, math.inf, Config(32, 32, 4, 1)),
-    (32, False, 128, math.inf, Config(16, 32, 8, 1)),
-)
+# problem serves it.  Ranked by issued instructions, and held to no spills on any architecture, with benchmarks/aot.py.
+# Where one block holds all keys of a tile, its mask and bias are worked out once for many images.
+_SHIPPED = {
+    "forward": (
+        (16, True, 64, 64, Config(64, 64, 4, 2)),
+        (16, False, 64, 128, Config(16, 256, 4, 2)),
+        (16, False, 64, math.inf, Config(32, 64, 2, 2)),
+        (16, False, 128, math.inf, Config(32, 32, 2, 2)),
+        (32, False, 32, math.inf, Config(16, 64, 4, 1)),
+        (32, False, 64, math.inf, Config(32, 32, 4, 1)),
+        (32, False, 128, math.inf, Config(16, 32, 8, 1)),
+    ),
+    "query": (
+        (16, True, 32, 64, Config(64, 64, 4, 1)),
+        (16, False, 32, 128, Config(16, 256, 4, 2)),
+        (16, False, 64, 128, Config(16, 256, 8, 1)),
+        (16, False, 64, math.inf, Config(32, 64, 4, 2)),
+        (16, False, 128, math.inf, Config(32, 32, 4, 1)),
+        (32, False, 64, math.inf, Config(32, 32, 4, 1)),
+        (32, False, 128, math.inf, Config(16, 16, 8, 1)),
+    ),
+    "key": (
+        (16, False, 32, 64, Config(16, 256, 4, 2)),
+        (16, False, 64, 64, Config(16, 256, 8, 1)),
+        (16, True, 32, 128, Config(16, 128, 2, 2)),
+        (16, True, 64, 128, Config(16, 128, 4, 1)),
+        (16, False, 32, math.inf, Config(32, 32, 2, 1)),
+        (16, False, 64, math.inf, Config(32, 64, 4, 1)),
+        (16, False, 128, math.inf, Config(32, 32, 4, 2)),
+        (32, False, 64, math.inf, Config(32, 32, 4, 1)),
+        (32, False, 128, math.inf, Config(16, 32, 8, 1)),
+    ),
+}
 
 
 def choose(problem: ProblemClass) -> Config:
     """The user's configuration for this class of problems, else the shipped one."""
-    user = _user_configs().get(str(problem))
+    user = user_configs().get(str(problem))
     if user is not None:
         return user
     return next(
         config
-        for bits, dense_only, dim, window, config in _SHIPPED
+        for bits, dense_only, dim, window, config in _SHIPPED[problem.kernel]
         if problem.bits == bits and problem.dense >= dense_only and problem.dim <= dim and problem.window <= window
     )
 

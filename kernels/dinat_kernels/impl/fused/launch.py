@@ -1,9 +1,10 @@
-"""From tensors to a kernel launch: the plan of a problem is made once and found again in a dictionary."""
+"""From tensors to kernel launches: the plan of a problem is made once and found again in a dictionary."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -11,19 +12,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...geometry import Neighborhood, group_length, visible_range
-from .configs import Config, ProblemClass, choose, next_power_of_two
+from ...geometry import Neighborhood, group_length, seeing_range, visible_range
+from .backward import key_kernel, query_kernel
+from .configs import ProblemClass, choose, next_power_of_two
 from .forward import forward_kernel
 
-# What a key block costs besides its key slots, in slots: ranks blocks as the counts of benchmarks/aot.py do.
+# What ranks the sizes of blocks, as the counts of benchmarks/aot.py do: what a block costs besides its slots, in slots;
+# and how much more a slot costs if its mask and bias are not worked out once for many images.
 _BLOCK_COST = 12
+_REPEATED = 1.5
+# Programs that fill a GPU; beyond that a program does several images.
+_PROGRAMS = 2048
+_MAX_IMAGES = 16
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of a tensor
 
 
 class Plan(NamedTuple):
     """All arguments of a launch that are not tensors."""
 
+    kernel: Callable
     grid: tuple[int, int, int]
-    integers: tuple[int, ...]  # strides of q, k, v, then lengths, dilations, tiles
+    integers: tuple[int, ...]  # strides of the tensors that have any, then lengths, dilations, tiles, images
     constants: dict  # the compile-time arguments of the kernel, in its order
     options: dict  # num_warps, num_stages
     compiled: dict  # what Triton made of it, by all else that Triton specialises on
@@ -40,7 +50,7 @@ def architecture(device: torch.device) -> str:
 
 
 def tile_shape(lengths: tuple[int, int, int], limit: int) -> tuple[int, int, int]:
-    """Query positions of a tile per axis: whole groups if they fit into `limit`, else a near-cube of powers of two."""
+    """Positions of a tile per axis: whole groups if they fit into `limit`, else a near-cube of powers of two."""
     if math.prod(lengths) <= limit:
         return lengths
     tile = [1, 1, 1]
@@ -53,110 +63,174 @@ def tile_shape(lengths: tuple[int, int, int], limit: int) -> tuple[int, int, int
     return tuple(tile)
 
 
-def key_span(lengths: set[int], tile: int, k: int, s: int, causal: bool) -> int:
-    """The largest number of keys between the first and the last one that a tile sees, over groups of `lengths`."""
+def span(lengths: set[int], tile: int, k: int, s: int, causal: bool, bounds: Callable) -> int:
+    """The largest number of positions between the `bounds` of a tile's first and last position.
+
+    Args:
+        lengths: of all dilation groups.
+        bounds: `visible_range` for tiles of queries, `seeing_range` for tiles of keys.
+    """
     spans = []
     for n in lengths:
-        start, end = visible_range(np.arange(n), n, k, s, causal)
+        start, end = bounds(np.arange(n), n, k, s, causal)
         first = np.arange(0, n, tile)
         spans.append((end[np.minimum(first + tile, n) - 1] - start[first]).max())
     return int(max(spans))
 
 
-def key_block(span: tuple[int, int, int], limit: int) -> tuple[int, int, int]:
-    """Block size, rows and columns of a block: the cheapest up to `limit`."""
+def block_shape(box: tuple[int, int, int], limit: int) -> tuple[int, tuple[int, int, int]]:
+    """The cheapest block up to `limit` for a box: its size, and its rows, columns and number in the box."""
 
-    def shape(block: int) -> tuple[int, int, int]:
-        runs = -(-span[2] // block)
-        columns = -(-span[2] // runs)
-        return block, min(block // columns, span[0] * span[1]), columns
+    def shape(size: int) -> tuple[int, int, int]:
+        runs = -(-box[2] // size)
+        columns = -(-box[2] // runs)
+        rows = min(size // columns, box[0] * box[1])
+        return rows, columns, -(-box[0] * box[1] // rows) * runs
 
-    def cost(block: int) -> int:
-        _, rows, columns = shape(block)
-        return (block + _BLOCK_COST) * -(-span[0] * span[1] // rows) * -(-span[2] // columns)
+    def cost(size: int) -> int:
+        blocks = shape(size)[2]
+        return (size + _BLOCK_COST) * blocks * (1 if blocks == 1 else _REPEATED)
 
-    sizes = [size for size in (16, 32, 64, 128) if size <= limit]
-    return shape(min(reversed(sizes), key=cost))
+    best = min((size for size in (256, 128, 64, 32, 16) if size <= limit), key=cost)
+    return best, shape(best)
+
+
+def images_per_program(batch: int, programs: int) -> int:
+    """How many images a program does, of `batch` with `programs` each: a divisor, so that all programs are alike."""
+    images = 1
+    while images < _MAX_IMAGES and batch % (2 * images) == 0 and programs * (batch // (2 * images)) >= _PROGRAMS:
+        images *= 2
+    return images
 
 
 def make_plan(
-    query: tuple[tuple[int, ...], tuple[int, ...]],
-    key: tuple[tuple[int, ...], tuple[int, ...]],
-    value: tuple[tuple[int, ...], tuple[int, ...]],
+    kernel: str,
+    layouts: tuple[Layout, ...],
     dtype: torch.dtype,
     arch: str,
     window: Neighborhood,
     has_rpb: bool,
     sign: int,
     precision: str,
-    config: Config | None = None,
 ) -> Plan:
     """Everything about a launch that does not depend on the contents of tensors.
 
     Args:
-        query, key, value: shape and strides of the tensor.
+        kernel: "forward"; of the backward pass "query", "rpb" (the rest of the query kernel's work where a tile has
+            several key blocks) or "key".
+        layouts: shape and strides of query, key, value, and in the backward pass of the gradient of out.
         arch: as `architecture`.
         sign: of the scale, -1, 0 or 1.
         precision: of float32 products, "ieee" or "tf32".
-        config: instead of the chosen one.
     """
-    batch, *spatial, heads, head_dim = query[0]
-    kv_heads, value_dim = value[0][-2:]
-    unit = (1,) * (3 - len(spatial))
-    lengths = (*unit, *spatial)
-    kernel, dilation, stride, causal = (
-        (*fill * len(unit), *axes) for fill, axes in zip(((1,), (1,), (1,), (False,)), window, strict=True)
+    batch, *spatial, heads, head_dim = layouts[0][0]
+    kv_heads, value_dim = layouts[2][0][-2:]
+    unit = 3 - len(spatial)
+    lengths = (*[1] * unit, *spatial)
+    size, dilation, stride, causal = (
+        (*[fill] * unit, *axes) for fill, axes in zip((1, 1, 1, False), window, strict=True)
     )
     longest = tuple(group_length(n, d, 0) for n, d in zip(lengths, dilation, strict=True))
-    full = tuple(k * d == n and not c for k, d, n, c in zip(kernel, dilation, lengths, causal, strict=True))
+    full = tuple(k * d == n and not c for k, d, n, c in zip(size, dilation, lengths, causal, strict=True))
 
     dims = [max(16, next_power_of_two(dim)) for dim in (head_dim, value_dim)]
-    problem = ProblemClass(arch, 8 * dtype.itemsize, max(dims), all(full), math.prod(kernel))
-    config = config or choose(problem)
+    own = "query" if kernel == "rpb" else kernel
+    config = choose(ProblemClass(own, arch, 8 * dtype.itemsize, max(dims), all(full), math.prod(size)))
     tile = tile_shape(longest, config.tile)
     groups = [{group_length(n, d, 0), group_length(n, d, d - 1)} for n, d in zip(lengths, dilation, strict=True)]
-    span = tuple(map(key_span, groups, tile, kernel, stride, causal))
-    block, rows, columns = key_block(span, config.block)
+    bounds = seeing_range if kernel == "key" else visible_range
+    box = tuple(map(span, groups, tile, size, stride, causal, [bounds] * 3))
+    block, (rows, columns, blocks) = block_shape(box, config.block)
     tiles = tuple(-(-n // t) for n, t in zip(longest, tile, strict=True))
+    programs = heads // (heads // kv_heads if kernel == "key" else 1) * math.prod(tiles) * math.prod(dilation)
+    images = images_per_program(batch, programs) if blocks == 1 or kernel == "rpb" else 1
+    slots = max(16, next_power_of_two(math.prod(tile)))
+    warps = max(1, config.num_warps * slots * block // (next_power_of_two(config.tile) * config.block))
 
-    def strides(tensor) -> tuple[int, ...]:
-        batch_stride, *steps, head_stride, _ = tensor[1]
-        return (batch_stride, *[0] * len(unit), *steps, head_stride)
+    def strides(layout: Layout) -> tuple[int, ...]:
+        batch_stride, *steps, head_stride, _ = layout[1]
+        return (batch_stride, *[0] * unit, *steps, head_stride)
 
-    def extent(tensor) -> int:
-        return sum((n - 1) * step for n, step in zip(lengths, strides(tensor)[1:-1], strict=True))
+    def extent(layout: Layout) -> int:
+        return sum((n - 1) * step for n, step in zip(lengths, strides(layout)[1:-1], strict=True))
 
+    constants = dict(
+        HEADS=heads,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
+        WINDOW=tuple(zip(size, stride, causal, full, strict=True)),
+        TILE=(*tile, tile[0] * tile[1], tile[2], 1),
+        BOX=(*box, rows, columns, blocks),
+        BQ=block if kernel == "key" else slots,
+        BK=slots if kernel == "key" else block,
+        BD=dims[0],
+        BV=dims[1],
+        HAS_RPB=has_rpb,
+        SIGN=sign,
+        WIDE=max(*map(extent, layouts), math.prod(lengths) * heads * max(head_dim, value_dim)) >= 2**31 - 128,
+        PRECISION=precision,
+    )
+    if own == "query":
+        constants["GRAD_QUERY"] = kernel == "query"
+        constants["GRAD_RPB"] = has_rpb and (kernel == "rpb" or blocks == 1)
+        constants["WHOLE"] = kernel == "query" and tile == longest and blocks == 1 and heads == kv_heads
     return Plan(
-        grid=(heads * math.prod(tiles) * math.prod(dilation) * batch, 1, 1),
-        integers=(*strides(query), *strides(key), *strides(value), *lengths, *dilation, *tiles),
-        constants=dict(
-            HEADS=heads,
-            GROUP=heads // kv_heads,
-            HEAD_DIM=head_dim,
-            VALUE_DIM=value_dim,
-            KERNEL=kernel,
-            STRIDE=stride,
-            CAUSAL=causal,
-            FULL=full,
-            TILE=tile,
-            SPAN=span,
-            ROWS=rows,
-            COLS=columns,
-            BQ=max(16, next_power_of_two(math.prod(tile))),
-            BK=block,
-            BD=dims[0],
-            BV=dims[1],
-            HAS_RPB=has_rpb,
-            SIGN=sign,
-            WIDE=max(map(extent, (query, key, value))) >= 2**31 - 128,
-            PRECISION=precision,
-        ),
-        options=dict(num_warps=config.num_warps, num_stages=config.num_stages),
+        kernel=dict(forward=forward_kernel, query=query_kernel, key=key_kernel)[own],
+        grid=(programs * (batch // images) * (blocks if kernel == "rpb" else 1), 1, 1),
+        integers=(*[n for layout in layouts for n in strides(layout)], *lengths, *dilation, *tiles, images),
+        constants=constants,
+        options=dict(num_warps=warps, num_stages=config.num_stages),
         compiled={},
     )
 
 
 _plan = lru_cache(maxsize=4096)(make_plan)
+
+
+def forget_plans() -> None:
+    """Make plans anew, because configurations have changed."""
+    _plan.cache_clear()
+
+
+def _launch(plan: Plan, tensors: Sequence[Tensor], scale: float) -> None:
+    arguments = (*tensors, abs(scale) or 1.0, *plan.integers, *plan.constants.values())
+    device = tensors[0].device
+    # Triton compiles for the alignment and dtype of pointers; the dtype of the bias table is not in the plan.
+    variant = (device, tensors[3].dtype, *[x.data_ptr() % 16 for x in tensors])
+    compiled = plan.compiled.get(variant)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        if compiled is None:
+            plan.compiled[variant] = plan.kernel[plan.grid](*arguments, **plan.options)
+        else:  # what Triton's own dispatch would find, in half of the time
+            compiled[plan.grid](*arguments)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """`x` with a contiguous last dimension."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _table(rpb: Tensor | None, unused: Tensor) -> Tensor:
+    """The bias table as the kernels read it; any tensor if there is none."""
+    if rpb is None:
+        return unused
+    return rpb.float().contiguous() if rpb.dtype == torch.float64 else rpb.contiguous()
+
+
+def _problem(tensors: Sequence[Tensor], rpb: Tensor | None, window: Neighborhood, scale: float) -> tuple:
+    """The arguments of `make_plan` but for the kernel."""
+    query = tensors[0]
+    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return (
+        tuple([(x.shape, x.stride()) for x in tensors]),
+        query.dtype,
+        architecture(query.device),
+        window,
+        rpb is not None,
+        (scale > 0) - (scale < 0),
+        "tf32" if tf32 and not torch.version.hip else "ieee",
+    )
 
 
 def attention(
@@ -166,41 +240,58 @@ def attention(
     rpb: Tensor | None,
     window: Neighborhood,
     scale: float,
-    *,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Fused forward pass; arguments and results as `reference.attention`, in float16, bfloat16 or float32.
 
     Reads query, key and value where they are if their last dimension is contiguous, whatever the other strides, and
-    allocates nothing but the results.  Deterministic.  `config` replaces the launch configuration (for tuning).
+    allocates nothing but the results.  Deterministic.
     """
-    query, key, value = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (query, key, value))
+    inputs = [_readable(x) for x in (query, key, value)]
     out = value.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    if not out.numel():
-        return out, lse
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    plan = _plan(
-        (query.shape, query.stride()),
-        (key.shape, key.stride()),
-        (value.shape, value.stride()),
-        query.dtype,
-        architecture(query.device),
-        window,
-        rpb is not None,
-        (scale > 0) - (scale < 0),
-        "tf32" if tf32 and not torch.version.hip else "ieee",
-        config,
-    )
-    if rpb is not None:
-        rpb = rpb.float().contiguous() if rpb.dtype == torch.float64 else rpb.contiguous()
-    table = out if rpb is None else rpb
-    arguments = (query, key, value, table, out, lse, abs(scale) or 1.0, *plan.integers, *plan.constants.values())
-    variant = (query.device, table.dtype, *(x.data_ptr() % 16 for x in arguments[:4]))
-    compiled = plan.compiled.get(variant)
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
-        if compiled is None:
-            plan.compiled[variant] = forward_kernel[plan.grid](*arguments, **plan.options)
-        else:  # what Triton's own dispatch would find, in half of the time
-            compiled[plan.grid](*arguments)
+    if out.numel():
+        plan = _plan("forward", *_problem(inputs, rpb, window, scale))
+        _launch(plan, (*inputs, _table(rpb, out), out, lse), scale)
     return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: Neighborhood,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Fused backward pass; arguments and results as `tiled.attention_backward`.
+
+    Recomputes the weights from lse.  Allocates the gradients, one float32 per query and head, and, with a bias, a table
+    for every program.  Deterministic: no atomics, and all sums have a fixed order.
+    """
+    inputs = [_readable(x) for x in (query, key, value, grad_out)]
+    out, lse, grad_lse = (x.contiguous() for x in (out, lse, grad_lse))
+    grads = [x.new_empty(x.shape) for x in (query, key, value)]
+    if not out.numel():
+        return *grads, None if rpb is None else torch.zeros_like(rpb)
+    delta = torch.empty_like(lse)
+    problem = _problem(inputs, rpb, window, scale)
+    inputs.insert(3, _table(rpb, out))
+
+    def run_query_kernel(plan: Plan) -> Tensor | None:
+        parts = None
+        if plan.constants["GRAD_RPB"]:  # zeros, because programs without a tile write nothing
+            parts = lse.new_zeros((plan.grid[0] // rpb.shape[0], *rpb.shape))
+        _launch(plan, (*inputs, out, lse, grad_lse, delta, *grads, delta if parts is None else parts), scale)
+        return None if parts is None else parts.sum(0).to(rpb.dtype)
+
+    plan = _plan("query", *problem)
+    grad_rpb = run_query_kernel(plan)
+    if rpb is not None and grad_rpb is None:
+        grad_rpb = run_query_kernel(_plan("rpb", *problem))
+    if not plan.constants["WHOLE"]:
+        _launch(_plan("key", *problem), (*inputs, lse, delta, *grads[1:]), scale)
+    return *grads, grad_rpb

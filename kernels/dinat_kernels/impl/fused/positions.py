@@ -1,0 +1,258 @@
+"""Where programs, tokens and pairs are: device functions that all kernels share.
+
+Names: i_ program indices, p_ pointers, b_ blocks of data, o_ offsets, m_ masks.
+
+Every map is three-dimensional here, and so are tuples: axes d, h, w; missing leading axes have length and window 1.
+Positions are those of geometry.py: index = position * dilation + group.
+
+A kernel gives every program a tile of positions of one dilation group, and walks the box of positions on the other side
+of the attention that the tile has to do with: keys for a tile of queries, queries for a tile of keys.  A box is cut
+into blocks of some rows of neighboring positions; a row lies along w.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def locate(i, tiles, dilation, TILE: tl.constexpr):
+    """First position of the tile and dilation group of program `i`, and what is left of `i`."""
+    i_w, i = i % tiles[2], i // tiles[2]
+    i_h, i = i % tiles[1], i // tiles[1]
+    i_d, i = i % tiles[0], i // tiles[0]
+    g_w, i = i % dilation[2], i // dilation[2]
+    g_h, i = i % dilation[1], i // dilation[1]
+    g_d, i = i % dilation[0], i // dilation[0]
+    return (i_d * TILE[0], i_h * TILE[1], i_w * TILE[2]), (g_d, g_h, g_w), i
+
+
+@triton.jit
+def group_lengths(lengths, dilation, group):
+    """Tokens of the group on every axis."""
+    return (
+        (lengths[0] - group[0] + dilation[0] - 1) // dilation[0],
+        (lengths[1] - group[1] + dilation[1] - 1) // dilation[1],
+        (lengths[2] - group[2] + dilation[2] - 1) // dilation[2],
+    )
+
+
+@triton.jit
+def inside(position, n):
+    return (position[0] < n[0]) & (position[1] < n[1]) & (position[2] < n[2])
+
+
+@triton.jit
+def block(o, i_block, first, n, BOX: tl.constexpr):
+    """Positions of the slots `o` of block `i_block` of the box that begins at `first`, and which of them exist.
+
+    A slot without a position of its own repeats another one.
+
+    BOX: positions per axis, rows and columns of a block, number of blocks.
+    """
+    ROWS: tl.constexpr = BOX[3]
+    COLS: tl.constexpr = BOX[4]
+    runs: tl.constexpr = (BOX[2] + COLS - 1) // COLS
+    row = i_block // runs * ROWS + o // COLS
+    col = i_block % runs * COLS + o % COLS
+    position = (first[0] + row // BOX[1], first[1] + row % BOX[1], first[2] + col)
+    m = (o < ROWS * COLS) & (row < BOX[0] * BOX[1]) & (col < BOX[2]) & inside(position, n)
+    position = (
+        tl.minimum(position[0], n[0] - 1),
+        tl.minimum(position[1], n[1] - 1),
+        tl.minimum(position[2], n[2] - 1),
+    )
+    return position, m
+
+
+@triton.jit
+def tokens(position, dilation, group, WIDE: tl.constexpr):
+    """Map indices of group positions."""
+    d = position[0] * dilation[0] + group[0]
+    h = position[1] * dilation[1] + group[1]
+    w = position[2] * dilation[2] + group[2]
+    if WIDE:
+        d, h, w = d.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+    return d, h, w
+
+
+@triton.jit
+def offsets(index, steps):
+    """Memory offsets of map indices within an image."""
+    return index[0] * steps[0] + index[1] * steps[1] + index[2] * steps[2]
+
+
+@triton.jit
+def flat(index, lengths):
+    """Numbers of tokens within an image."""
+    return (index[0] * lengths[1] + index[1]) * lengths[2] + index[2]
+
+
+@triton.jit
+def load(p, o, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """Rows (., SIZE) of DIM elements each, at the offsets `o`."""
+    o_dim = tl.arange(0, SIZE)
+    return tl.load(p + o[:, None] + o_dim[None, :], mask=(o_dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store(p, o, b, m, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """The inverse of `load`, for the rows in `m`."""
+    o_dim = tl.arange(0, SIZE)
+    tl.store(p + o[:, None] + o_dim[None, :], b.to(p.dtype.element_ty), mask=m[:, None] & (o_dim < DIM)[None, :])
+
+
+@triton.jit
+def signed(b, SIGN: tl.constexpr):
+    """`b` times the sign of the scale."""
+    if SIGN != 1:
+        b = (b.to(tl.float32) * SIGN).to(b.dtype)
+    return b
+
+
+@triton.jit
+def window(o, n, W: tl.constexpr):
+    """`geometry.visible_range` of the query positions `o` in a group of n tokens; W as in `seen`."""
+    k: tl.constexpr = W[0]
+    s: tl.constexpr = W[1]
+    if W[2]:
+        start = tl.maximum(tl.minimum(o // s * s + s - 1, n - 1) - k + 1, 0)
+        end = o + 1
+    else:
+        start = tl.minimum(tl.maximum(tl.minimum(o // s * s + s // 2, n - 1) - k // 2, 0), n - k)
+        end = start + k
+    return start, end
+
+
+@triton.jit
+def seen(m, q, k, n, W: tl.constexpr):
+    """Those of the pairs `m` whose keys at positions `k` are in the windows of the queries at `q`, on one axis.
+
+    W: kernel_size, stride, is_causal of the axis, and whether every query sees its whole group.
+    """
+    if not W[3]:
+        start, end = window(q, n, W)
+        m = m & (k >= start) & (k < end)
+    return m
+
+
+@triton.jit
+def _first_key(o, n, W: tl.constexpr):
+    start, _ = window(o, n, W)
+    return start
+
+
+@triton.jit
+def first_keys(first, n, WINDOW: tl.constexpr):
+    """Where the box of keys of a tile of queries begins: at the window of the first one, aligned or not."""
+    return (
+        _first_key(first[0], n[0], WINDOW[0]),
+        _first_key(first[1], n[1], WINDOW[1]),
+        _first_key(first[2], n[2], WINDOW[2]),
+    )
+
+
+@triton.jit
+def _first_query(o, W: tl.constexpr):
+    k: tl.constexpr = W[0]
+    s: tl.constexpr = W[1]
+    if not W[2]:
+        o = tl.where(o < k, 0, (tl.maximum(o - k + 1, 0) + k // 2 - s // 2 + s - 1) // s * s)
+    return o
+
+
+@triton.jit
+def first_queries(first, WINDOW: tl.constexpr):
+    """Where the box of queries of a tile of keys begins: the start of `geometry.seeing_range`."""
+    return _first_query(first[0], WINDOW[0]), _first_query(first[1], WINDOW[1]), _first_query(first[2], WINDOW[2])
+
+
+@triton.jit
+def bias(p_rpb, q, k, m, n, scale, WINDOW: tl.constexpr, HAS_RPB: tl.constexpr):
+    """What is added to the products of pairs: the bias in units of `scale`, minus infinity where a key is not visible.
+
+    Args:
+        p_rpb: table of the head.
+        q, k: positions of queries and keys, one of them (., 1), the other (1, .).
+        m: which pairs exist; a block of all pairs.
+    """
+    m = seen(seen(seen(m, q[0], k[0], n[0], WINDOW[0]), q[1], k[1], n[1], WINDOW[1]), q[2], k[2], n[2], WINDOW[2])
+    if HAS_RPB:
+        # The entry of a pair is that of the key minus that of the query: the offset `kernel_size - 1` of all axes is
+        # the centre of the table.
+        table_h: tl.constexpr = 2 * WINDOW[1][0] - 1
+        table_w: tl.constexpr = 2 * WINDOW[2][0] - 1
+        centre: tl.constexpr = ((2 * WINDOW[0][0] - 1) * table_h * table_w) // 2
+        o_k = (k[0] * table_h + k[1]) * table_w + k[2]
+        o_q = (q[0] * table_h + q[1]) * table_w + q[2]
+        b = tl.load(p_rpb + centre + (o_k - o_q), mask=m, other=float("-inf")).to(tl.float32) * (1 / scale)
+    else:
+        b = tl.where(m, 0.0, float("-inf"))
+    return b
+
+
+@triton.jit
+def key_block(
+    i_block,
+    lo,
+    q,
+    m_q,
+    n,
+    dilation,
+    group,
+    p_rpb,
+    scale,
+    WINDOW: tl.constexpr,
+    BOX: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_RPB: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Map indices of the keys in a block, and their `bias` (BQ, BK) for the queries at the positions `q`."""
+    k, m_k = block(tl.arange(0, BK), i_block, lo, n, BOX)
+    m = m_q[:, None] & m_k[None, :]
+    b = bias(
+        p_rpb,
+        (q[0][:, None], q[1][:, None], q[2][:, None]),
+        (k[0][None, :], k[1][None, :], k[2][None, :]),
+        m,
+        n,
+        scale,
+        WINDOW,
+        HAS_RPB,
+    )
+    return tokens(k, dilation, group, WIDE), b
+
+
+@triton.jit
+def query_block(
+    i_block,
+    lo,
+    k,
+    m_k,
+    n,
+    dilation,
+    group,
+    p_rpb,
+    scale,
+    WINDOW: tl.constexpr,
+    BOX: tl.constexpr,
+    BQ: tl.constexpr,
+    HAS_RPB: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Map indices of the queries in a block, and the `bias` (BK, BQ) of the keys at the positions `k` for them."""
+    q, m_q = block(tl.arange(0, BQ), i_block, lo, n, BOX)
+    m = m_k[:, None] & m_q[None, :]
+    b = bias(
+        p_rpb,
+        (q[0][None, :], q[1][None, :], q[2][None, :]),
+        (k[0][:, None], k[1][:, None], k[2][:, None]),
+        m,
+        n,
+        scale,
+        WINDOW,
+        HAS_RPB,
+    )
+    return tokens(q, dilation, group, WIDE), b
