@@ -1,0 +1,1 @@
+"""The operator and the models inside other libraries; each module imports its own, on demand."""
