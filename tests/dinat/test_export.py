@@ -1,0 +1,75 @@
+"""Exported models run elsewhere and give the same result. Small ones here; .ci/export_suite.py has published ones."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+import dinat  # noqa: F401  registers the models
+from dinat.errors import UserError
+from dinat.export import TOLERANCE, command, export
+
+SIZE = (32, 44)  # 16 x 22 tokens, divided by dilation 5 with remainders
+
+
+def small() -> torch.nn.Module:
+    """A local and a dilated block, with bias tables that matter: at their initial values they hardly show."""
+    model = timm.create_model("dinat_pico", num_classes=5, img_size=SIZE, depths=(2,), num_heads=(1,))
+    for key, p in model.named_parameters():
+        if key.endswith("rpb"):
+            torch.nn.init.normal_(p)
+    return model
+
+
+def test_onnx(tmp_path):
+    pytest.importorskip("onnxscript", reason="the package onnxscript is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed")
+    model = small().train()
+    path = tmp_path / "model.onnx"
+    assert export(model, torch.randn(1, 3, *SIZE), path) < TOLERANCE
+    assert model.training
+    session = onnxruntime.InferenceSession(path)
+    assert session.get_inputs()[0].shape[1:] == [3, *SIZE]
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, *SIZE)
+        with torch.no_grad():
+            expected = model.eval()(images)
+        actual = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        torch.testing.assert_close(actual, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_onnx_of_features(tmp_path):
+    pytest.importorskip("onnxscript", reason="the package onnxscript is not installed")
+    pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed")
+    model = timm.create_model("dinat_pico", features_only=True, depths=(1, 1), num_heads=(1, 2))
+    assert export(model, torch.randn(2, 3, 16, 24), tmp_path / "model.onnx", dynamic_batch=False) < TOLERANCE
+
+
+def test_pt2_runs_without_this_package(tmp_path):
+    model = small().eval()
+    path = tmp_path / "model.pt2"
+    assert export(model, torch.randn(2, 3, *SIZE), path) < TOLERANCE
+    images = torch.randn(3, 3, *SIZE)
+    with torch.no_grad():
+        torch.save((images, model(images)), tmp_path / "expected.pt")
+    script = (
+        "import sys, torch; images, expected = torch.load(sys.argv[2])\n"
+        "with torch.no_grad(): actual = torch._inductor.aoti_load_package(sys.argv[1])(images)\n"
+        "assert 'dinat_kernels' not in sys.modules\n"
+        "torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(path), str(tmp_path / "expected.pt")], check=True)
+
+
+def test_bad_input(tmp_path, monkeypatch):
+    model, images = timm.create_model("dinat_pico"), torch.randn(2, 3, 32, 32)
+    with pytest.raises(UserError, match=r"path=model.pb: must end in .onnx or .pt2"):
+        export(model, images, "model.pb")
+    with pytest.raises(UserError, match=r"dinat_mimi: no such model. Did you mean dinat_mini"):
+        command("dinat_mimi")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else name)
+    with pytest.raises(UserError, match=r'ONNX needs onnxruntime, not installed here: pip install "dinat\[onnx\]"'):
+        export(model, images, tmp_path / "model.onnx")
