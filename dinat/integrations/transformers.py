@@ -48,7 +48,8 @@ def _attend(self, hidden_states: torch.Tensor, output_attentions: bool | None = 
 
 
 def _without_natten(requires_backends: Callable) -> Callable:
-    def check(obj: object, backends: list[str]) -> None:
+    def check(obj: object, backends: str | list[str]) -> None:
+        backends = [backends] if isinstance(backends, str) else backends
         requires_backends(obj, [backend for backend in backends if backend != "natten"])
 
     return check

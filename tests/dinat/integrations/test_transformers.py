@@ -1,7 +1,9 @@
 """DiNAT and NAT of transformers against our timm models, on the same weights."""
 
+import importlib
 import re
 import sys
+import types
 
 import pytest
 import timm
@@ -209,6 +211,20 @@ def test_disable_restores_everything():
             transformers.DinatModel(transformers.DinatConfig())
     integration.enable()
     assert module.NeighborhoodAttention.forward is patched[0]
+
+
+def test_a_newer_natten_is_no_obstacle(monkeypatch):
+    """One that lacks what transformers imports from it."""
+    name = "transformers.models.dinat.modeling_dinat"
+    monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], "modeling_dinat", sys.modules[name])  # for afterwards
+    monkeypatch.delitem(sys.modules, name)
+    for package in ("natten", "natten.functional"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    monkeypatch.setattr(transformers.utils, "is_natten_available", lambda: True)
+    with pytest.raises(ImportError, match="natten2dav"):
+        importlib.import_module(name)
+    assert integration._import(name).DinatModel
+    assert transformers.utils.is_natten_available()
 
 
 @pytest.mark.parametrize("version", ["4.53.3", "6.0.0"])
