@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops
 from .geometry import Neighborhood, check_fits, make_neighborhood
 from .impl import reference, resolve, tiled
-from .impl.precision import autocast_dtype
+from .impl.precision import autocast_dtype, autocast_tensor
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
@@ -73,7 +73,7 @@ def _attend(
     window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
     autocast = autocast_dtype(query.device.type)
     if autocast is not None:  # the bias keeps its dtype: it is added to float32 logits
-        query, key, value = (_autocast(x, autocast) for x in (query, key, value))
+        query, key, value = (autocast_tensor(x, autocast) for x in (query, key, value))
     if not torch.jit.is_tracing():  # where sizes are tensors
         _check_tensors(query, key, value, rpb, window)
     if not isinstance(scale, (int, float, type(None))):
@@ -90,11 +90,6 @@ def _attend(
     else:
         out, lse = ops.attention(query, key, value, rpb, *[list(map(int, axes)) for axes in window], scale, name)
     return (out, lse) if return_lse else out
-
-
-def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in the autocast dtype, unless autocast leaves its kind alone, as float64."""
-    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def _can_inline(query: Tensor) -> bool:

@@ -20,6 +20,11 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
+def autocast_tensor(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`x` in the autocast dtype, unless autocast leaves its kind alone, as float64."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
 def without_autocast(function: Callable) -> Callable:
     """Run `function` with autocast off for the device of its first argument: it chooses its own precision."""
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..functional import Bools, Ints, _autocast
+from ..functional import Bools, Ints
 from ..functional import na1d as _na1d
 from ..functional import na2d as _na2d
 from ..functional import na3d as _na3d
 from ..geometry import Neighborhood, check_fits, group_length, make_neighborhood, visible_range
 from ..impl import BACKENDS
-from ..impl.precision import autocast_dtype, without_autocast, working_dtype
+from ..impl.precision import autocast_dtype, autocast_tensor, without_autocast, working_dtype
 
 # Elements of the neighbors that are gathered at a time: 16 MB in float32.
 _CHUNK = 1 << 22
@@ -248,7 +248,7 @@ def _prepare(rank: int, kernel_size: Ints, dilation: Ints, is_causal: Bools | No
     """The window, and the tensors in the dtype of autocast, checked against it and one another."""
     window = make_neighborhood(rank, kernel_size, dilation, 1, is_causal or False)
     dtype = autocast_dtype(next(iter(tensors.values())).device.type)
-    tensors = {name: x if dtype is None else _autocast(x, dtype) for name, x in tensors.items()}
+    tensors = {name: x if dtype is None else autocast_tensor(x, dtype) for name, x in tensors.items()}
     (first, reference), *others = tensors.items()
     if reference.dim() != rank + 3:
         axes = ", ".join("XYZ"[:rank])
