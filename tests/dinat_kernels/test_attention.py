@@ -297,3 +297,28 @@ def test_scale_defaults_to_the_inverse_root_and_zero_is_legal():
     out, lse = na2d(q, k, v, 3, scale=0.0, return_lse=True)
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(9)))
     torch.testing.assert_close(out[0, 0, 0, 0], v[0, :3, :3, 0].mean((0, 1)))
+
+
+def test_bias_that_changes_in_place_is_seen():
+    """Bias and mask of a small map are kept between calls; writing through `.data` leaves no trace but the values."""
+    q, k, v = torch.randn(1, 14, 14, 3, 2, 8).unbind(3)
+    rpb = torch.nn.Parameter(torch.randn(2, 13, 13))
+    for _ in range(2):
+        expected = na2d(q, k, v, 7, rpb=rpb, backend="reference")
+        torch.testing.assert_close(na2d(q, k, v, 7, rpb=rpb, backend="torch"), expected)
+        rpb.data[:, 3:9] += 1
+    other = rpb.detach().view(2, 13, 13)[:, :7, :7].contiguous()  # another window on the same map
+    expected = na2d(q, k, v, 4, rpb=other, backend="reference")
+    torch.testing.assert_close(na2d(q, k, v, 4, rpb=other, backend="torch"), expected)
+
+
+def test_kept_biases_are_bounded(monkeypatch):
+    cache = tiled._BiasCache()
+    monkeypatch.setattr(tiled, "_biases", cache)
+    monkeypatch.setattr(tiled, "_BIAS_CACHE", 4 * (4 * 2 * 14**4))  # four of two heads on 14x14 tokens
+    q, k, v = torch.randn(1, 14, 14, 3, 2, 8).unbind(3)
+    tables = [torch.randn(2, 13, 13) for _ in range(9)]
+    for rpb in tables + tables:
+        na2d(q, k, v, 7, rpb=rpb, backend="torch")
+    assert len(cache._entries) == 4
+    assert cache._bytes == sum(bias.nbytes for _, bias in cache._entries.values())

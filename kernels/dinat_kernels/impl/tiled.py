@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -32,6 +35,8 @@ from .precision import without_autocast, working_dtype
 _CHUNK = 1 << 18
 # Entries of the additive tensor that a fused call reads: 16 MB in float32.
 _BIAS_CHUNK = 1 << 22
+# Bytes of additive tensors that are kept for the next call.
+_BIAS_CACHE = 256 << 20
 # Gathering a key costs about as much as its products with 64 queries (measured, k = 7).
 _GATHER_COST = 64
 
@@ -265,6 +270,43 @@ def _plan(spatial: tuple[int, ...], window: Neighborhood) -> _Plan:
     return _Plan(spatial, window)
 
 
+class _BiasCache:
+    """Additive tensors of recent calls, least recently used first out.
+
+    A table is told by its memory and its contents, which are compared each time: an optimizer or `load_state_dict` may
+    have changed them in place.
+    """
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()  # to (copy of the table, result)
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple, rpb: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, or what it returned for the same `key` and `rpb`."""
+        key = (*key, rpb.data_ptr(), rpb.dtype)
+        with self._lock:
+            table, bias = self._entries.get(key, (None, None))
+            if table is not None and torch.equal(table, rpb):
+                self._entries.move_to_end(key)
+                return bias
+        table, bias = rpb.detach().clone(), make()
+        with self._lock:
+            self._drop(key)
+            self._entries[key] = table, bias
+            self._bytes += bias.nbytes
+            while self._bytes > _BIAS_CACHE:
+                self._drop(next(iter(self._entries)))
+        return bias
+
+    def _drop(self, key: tuple) -> None:
+        if key in self._entries:
+            self._bytes -= self._entries.pop(key)[1].nbytes
+
+
+_biases = _BiasCache()
+
+
 def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
     """(batch, *spatial, heads, dim) to (batch, kv_heads, heads // kv_heads, tokens, dim), a view."""
     x = x.flatten(1, -3)
@@ -317,14 +359,20 @@ def _fused_attention(
 ) -> tuple[Tensor, Tensor]:
     """`attention` with PyTorch's fused CPU attention in every tile, which keeps no logits."""
     batch, *spatial, heads, _ = query.shape
-    plan, dtype, device = _plan(tuple(spatial), window), working_dtype(query.dtype), query.device
+    spatial = tuple(spatial)
+    plan, dtype, device = _plan(spatial, window), working_dtype(query.dtype), query.device
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    bias = plan.bias(rpb, dtype, device)
-    if bias is None or plan.uniform:  # all tiles of all images share the bias, and so one call
+    if plan.uniform or (rpb is None and not plan.masked):  # all tiles of all images share the bias, and so one call
         row_chunks, image_chunks = plan.chunks(heads, batch, None)
-        bias = None if bias is None else bias.view(1, -1, plan.query_slots, plan.key_slots)
     else:
         row_chunks, image_chunks = plan.chunks(heads, 1, _BIAS_CHUNK)[0], _slices(batch, 1)
+
+    def additive(rows: slice) -> Tensor | None:
+        """Bias and mask of the tiles in `rows`: (tiles or 1, heads or 1, query_slots, key_slots)."""
+        bias = plan.bias(rpb, dtype, device)
+        if bias is None or not plan.uniform:
+            return None if bias is None else plan.tile_bias(bias, rows).transpose(0, 1)
+        return bias.view(1, -1, plan.query_slots, plan.key_slots)
 
     def pick(x: Tensor, name: str, tiles: slice, images: slice) -> Tensor:
         """Tiles of x: (images * tiles, heads, slots, dim)."""
@@ -340,7 +388,10 @@ def _fused_attention(
     lses: list[list[Tensor]] = []
     for rows in row_chunks:
         tiles = plan.tiles(rows)
-        tile_bias = bias if bias is None or plan.uniform else plan.tile_bias(bias, rows).transpose(0, 1)
+        if rpb is None or len(row_chunks) > 1:  # a large map's would push out all others
+            tile_bias = additive(rows)
+        else:
+            tile_bias = _biases.get((spatial, window, dtype), rpb, lambda rows=rows: additive(rows))
         outs.append([])
         lses.append([])
         for images in image_chunks:
