@@ -53,38 +53,42 @@ def user_configs() -> dict[str, Config]:
     return {name: Config(*fields) for name, fields in json.loads(path.read_text()).items()}
 
 
-# Bits, whether for dense problems only, the largest dim and window, and the configuration: the first row that covers a
-# problem serves it.  Ranked by issued instructions, and held to no spills on any architecture, with benchmarks/aot.py.
-# Where one block holds all keys of a tile, its mask and bias are worked out once for many images.
+# Beginning of the architecture's name, bits, whether for dense problems only, the largest dim and window, and the
+# configuration: the first row that covers a problem serves it.  Ranked by issued instructions, and held to no spills,
+# with benchmarks/aot.py.  Where one block holds all keys of a tile, mask and bias are worked out once for many images.
 _SHIPPED = {
     "forward": (
-        (16, True, 64, 64, Config(64, 64, 4, 2)),
-        (16, False, 64, 128, Config(16, 256, 4, 2)),
-        (16, False, 64, math.inf, Config(32, 64, 2, 2)),
-        (16, False, 128, math.inf, Config(32, 32, 2, 2)),
-        (32, False, 32, math.inf, Config(16, 64, 4, 1)),
-        (32, False, 64, math.inf, Config(32, 32, 4, 1)),
-        (32, False, 128, math.inf, Config(16, 32, 8, 1)),
+        ("", 16, True, 64, 64, Config(64, 64, 4, 2)),
+        ("sm_10", 16, False, 64, 128, Config(16, 256, 4, 1)),
+        ("", 16, False, 64, 128, Config(16, 256, 4, 2)),
+        ("", 16, False, 64, math.inf, Config(32, 64, 2, 2)),
+        ("", 16, False, 128, math.inf, Config(32, 32, 2, 2)),
+        ("", 32, False, 32, math.inf, Config(16, 64, 4, 1)),
+        ("", 32, False, 64, math.inf, Config(32, 32, 4, 1)),
+        ("", 32, False, 128, math.inf, Config(16, 32, 8, 1)),
     ),
     "query": (
-        (16, True, 32, 64, Config(64, 64, 4, 1)),
-        (16, False, 32, 128, Config(16, 256, 4, 2)),
-        (16, False, 64, 128, Config(16, 256, 8, 1)),
-        (16, False, 64, math.inf, Config(32, 64, 4, 2)),
-        (16, False, 128, math.inf, Config(32, 32, 4, 1)),
-        (32, False, 64, math.inf, Config(32, 32, 4, 1)),
-        (32, False, 128, math.inf, Config(16, 16, 8, 1)),
+        ("", 16, True, 32, 64, Config(64, 64, 4, 1)),
+        ("gfx", 16, False, 64, 128, Config(16, 128, 4, 1)),
+        ("sm_10", 16, False, 64, 128, Config(16, 256, 8, 1)),
+        ("", 16, False, 32, 128, Config(16, 256, 4, 2)),
+        ("", 16, False, 64, 128, Config(16, 256, 8, 1)),
+        ("", 16, False, 64, math.inf, Config(32, 64, 4, 2)),
+        ("", 16, False, 128, math.inf, Config(16, 32, 2, 1)),
+        ("", 32, False, 64, math.inf, Config(32, 32, 4, 1)),
+        ("", 32, False, 128, math.inf, Config(32, 32, 8, 1)),
     ),
     "key": (
-        (16, False, 32, 64, Config(16, 256, 4, 2)),
-        (16, False, 64, 64, Config(16, 256, 8, 1)),
-        (16, True, 32, 128, Config(16, 128, 2, 2)),
-        (16, True, 64, 128, Config(16, 128, 4, 1)),
-        (16, False, 32, math.inf, Config(32, 32, 2, 1)),
-        (16, False, 64, math.inf, Config(32, 64, 4, 1)),
-        (16, False, 128, math.inf, Config(32, 32, 4, 2)),
-        (32, False, 64, math.inf, Config(32, 32, 4, 1)),
-        (32, False, 128, math.inf, Config(16, 32, 8, 1)),
+        ("gfx", 16, False, 64, 128, Config(16, 128, 4, 1)),
+        ("", 16, False, 32, 64, Config(16, 256, 4, 2)),
+        ("", 16, False, 64, 64, Config(16, 256, 8, 1)),
+        ("", 16, True, 32, 128, Config(16, 128, 2, 2)),
+        ("", 16, True, 64, 128, Config(16, 128, 4, 1)),
+        ("", 16, False, 32, math.inf, Config(32, 32, 2, 1)),
+        ("", 16, False, 64, math.inf, Config(32, 64, 4, 1)),
+        ("", 16, False, 128, math.inf, Config(32, 32, 4, 2)),
+        ("", 32, False, 64, math.inf, Config(32, 32, 4, 1)),
+        ("", 32, False, 128, math.inf, Config(16, 32, 8, 1)),
     ),
 }
 
@@ -96,8 +100,12 @@ def choose(problem: ProblemClass) -> Config:
         return user
     return next(
         config
-        for bits, dense_only, dim, window, config in _SHIPPED[problem.kernel]
-        if problem.bits == bits and problem.dense >= dense_only and problem.dim <= dim and problem.window <= window
+        for arch, bits, dense_only, dim, window, config in _SHIPPED[problem.kernel]
+        if problem.arch.startswith(arch)
+        and problem.bits == bits
+        and problem.dense >= dense_only
+        and problem.dim <= dim
+        and problem.window <= window
     )
 
 
