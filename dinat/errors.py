@@ -14,6 +14,10 @@ class UserError(Exception):
     """
 
 
+class CheckpointError(UserError, RuntimeError):
+    """Weights that cannot be had, are not what they should be, or do not fit; a RuntimeError as in timm and PyTorch."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Ends a message about an unknown `name`: " Did you mean a, b?" with up to `count` close matches, or ""."""
     matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)

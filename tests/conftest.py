@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,22 @@ def fill() -> ModuleType:
 def published() -> dict:
     """`models`: facts of the 25 published models; `keys`: state-dict keys and shapes of their checkpoints."""
     return json.loads(gzip.decompress((GOLDEN / "published.json.gz").read_bytes()))
+
+
+@pytest.fixture(scope="session")
+def published_weights(published: dict, fill: ModuleType) -> Callable[..., dict[str, torch.Tensor]]:
+    """A checkpoint of a published model in its published layout: golden weights, or empty ones on the meta device."""
+
+    def published_weights(name: str, meta: bool = False) -> dict[str, torch.Tensor]:
+        weights = {}
+        for key, shape in published["keys"][name].items():
+            if key.endswith("relative_position_index"):
+                weights[key] = torch.zeros(shape, dtype=torch.int64)
+            else:
+                weights[key] = torch.empty(shape, device="meta") if meta else fill.tensor_for(key, tuple(shape))
+        return weights
+
+    return published_weights
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,32 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from dinat.errors import UserError
+from dinat.files import write_atomically
 
 # The whole state by parameter name, on the CPU of rank 0, however training was parallelized: a checkpoint of one
 # process can be continued by eight, and the other way round.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary)` and puts the finished file in `path`'s place; readers see the old or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself must survive a power cut
-    finally:
-        os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_atomically` for a string."""
-    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:

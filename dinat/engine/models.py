@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from timm.models import get_pretrained_cfg, load_state_dict
 from torch import Tensor, nn
 
-from dinat.errors import UserError, nearest
+from dinat import checkpoints
+from dinat.errors import CheckpointError, UserError, nearest
 
 # what says where weights lie and how they are read, of a timm pretrained_cfg
 WEIGHT_SOURCE = ("url", "file", "hf_hub_id", "hf_hub_filename", "custom_load", "num_classes", "classifier")
@@ -86,7 +87,10 @@ def load_weights(
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     own = model.state_dict()
     if convert and state.keys() != own.keys():
-        state = convert(state, model)
+        try:
+            state = convert(state, model)
+        except CheckpointError as error:
+            raise UserError(f"{key}={path}: {error}") from error
     if reset_head:
         head = _classifier_keys(model)
         state = {name: tensor for name, tensor in state.items() if name not in head}
@@ -116,25 +120,14 @@ def _classifier_keys(model: nn.Module) -> set[str]:
 def check_fit(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Raises UserError, beginning with `what`, unless `state` has the names and shapes of the model's state dict."""
     own, head = model.state_dict(), _classifier_keys(model)
-    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     reshaped = {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}
-    if not (missing or unexpected or reshaped):
-        return
-    if not (missing or unexpected) and reshaped <= head:
+    if own.keys() == state.keys() and reshaped and reshaped <= head:
         name = max(reshaped, key=lambda key: own[key].ndim)
         raise UserError(
             f"{what} has {len(state[name])} classes, the data has {len(own[name])}. "
             "Set model.reset_head=true to start with a new head, or use the data that the head was trained on."
         )
-    examples = "; ".join(
-        [f"lacks {name}" for name in sorted(missing)[:2]]
-        + [f"has {name}" for name in sorted(unexpected)[:2]]
-        + [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}" for name in sorted(reshaped)[:2]]
-    )
-    total = len(missing) + len(unexpected) + len(reshaped)
-    raise UserError(
-        f"{what} is of another architecture than this {type(model).__name__}: {total} entries differ ({examples})."
-    )
+    checkpoints.check_fit(own, state, f"{what} is of another architecture than this {type(model).__name__}")
 
 
 def to_dict(section: Any) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dinat.engine.checkpoint import write_atomically, write_text
 from dinat.engine.scoring import Scores
 from dinat.errors import UserError
+from dinat.files import write_atomically, write_text
 
 log = logging.getLogger("dinat")
 console = Console(stderr=True)  # stdout is for results

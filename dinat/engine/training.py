@@ -41,6 +41,7 @@ from dinat.engine.models import autocast_dtype, build_model, check_fit, check_mo
 from dinat.engine.optim import create_optimizer, create_schedule
 from dinat.engine.scoring import Scores, check_labels, measure, report_bad_images
 from dinat.errors import UserError, nearest
+from dinat.files import write_atomically
 
 log = report.log
 
@@ -334,7 +335,7 @@ class Trainer:
             self.diverged("a weight became infinite or NaN")
         if self.world.primary:
             for name in names:
-                checkpoint.write_atomically(self.run_dir / name, partial(torch.save, state))
+                write_atomically(self.run_dir / name, partial(torch.save, state))
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
         """Takes over the state of a checkpoint, and says in which settings this run differs from that one."""

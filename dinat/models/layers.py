@@ -1,4 +1,4 @@
-"""What the families share: the transformer block, the dilation policies and the bias table resize."""
+"""What the families share: the transformer block, the dilation policies, the change of a window."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +8,8 @@ from dinat_kernels import NeighborhoodAttention2d
 from timm.layers import DropPath, LayerScale, Mlp, use_fused_attn
 from timm.models import register_notrace_module
 from torch import nn
-from torch.nn import functional as F
+
+from dinat.checkpoints import resize_rpb
 
 register_notrace_module(NeighborhoodAttention2d)  # its padding depends on the map size, which FX cannot trace
 
@@ -70,14 +71,6 @@ def init_weights(module: nn.Module, name: str = "") -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def resize_rpb(rpb: torch.Tensor, kernel_size: Sequence[int]) -> torch.Tensor:
-    """Resize a bias table (heads, 2k-1, 2k-1) to another window by bicubic interpolation, as the 11x11 weights were."""
-    size = tuple(2 * k - 1 for k in kernel_size)
-    if tuple(rpb.shape[1:]) == size:
-        return rpb
-    return F.interpolate(rpb[None].float(), size=size, mode="bicubic", align_corners=False)[0].to(rpb.dtype)
 
 
 @torch.no_grad()

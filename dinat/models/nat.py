@@ -8,7 +8,6 @@ Weights by SHI Labs, https://github.com/SHI-Labs/Neighborhood-Attention-Transfor
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -23,10 +22,14 @@ from timm.models import (
     register_model,
     register_model_deprecations,
 )
+from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from .layers import Dilations, NATBlock, init_weights, resize_rpb, resize_window, resolve_dilations
+from dinat import checkpoints
+from dinat.errors import CheckpointError
+
+from .layers import Dilations, NATBlock, init_weights, resize_window, resolve_dilations
 
 try:
     from timm.models._input import update_model_input_size
@@ -413,33 +416,15 @@ class NAT(nn.Module):
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Rename the published layouts to ours, which passes through unchanged; bias tables of another window are resized.
-
-    Published downsamplers sit at the end of a level, ours at the start of the next one.  Published isotropic models
-    number their blocks and carry the index buffers of full attention, ours have one block per level and no buffers.
-    """
-    own = model.state_dict()
-    ends_with_downsample = any(re.match(r"(levels|layers)\.0\.downsample\.", key) for key in state_dict)
-    out = {}
-    for key, value in state_dict.items():
-        if key.endswith(".relative_position_index"):
-            continue
-        key = re.sub(r"^layers\.(\d+)\.(?!blocks|downsample)", r"levels.\1.blocks.0.", key)
-        key = re.sub(r"^layers\.", "levels.", key)
-        if ends_with_downsample:
-            key = re.sub(r"^levels\.(\d+)\.downsample\.", lambda m: f"levels.{int(m[1]) + 1}.downsample.", key)
-        key = re.sub(r"\.gamma([12])$", r".ls\1.gamma", key)
-        key = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)
-        if key in own and key.endswith(".rpb"):
-            value = resize_rpb(value, [(side + 1) // 2 for side in own[key].shape[1:]])
-        out[key] = value
-    if not any(re.match(r"norm\d", key) for key in out):  # classifiers were published without stage norms
-        out |= {key: value for key, value in own.items() if re.match(r"norm\d", key)}
-    return out
+    """Weights of any layout that these models exist in, ready for `model`; see `dinat.checkpoints.fit`."""
+    return checkpoints.fit(state_dict, model)
 
 
 def create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
-    """Build a model; `kwargs` are those of `NAT` and of timm's `build_model_with_cfg` (`features_only`, ...)."""
+    """Build a model; `kwargs` are those of `NAT` and of timm's `build_model_with_cfg` (`features_only`, ...).
+
+    Published weights are found by `dinat.checkpoints`, and loaded by timm as a file.
+    """
     feature_cfg = {"out_indices": tuple(range(len(kwargs["depths"]))), "flatten_sequential": True}
     if kwargs.get("isotropic"):
         feature_cfg["out_indices"] = 3  # the last three blocks, as timm's ViTs
@@ -447,20 +432,31 @@ def create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
         feature_cfg["feature_cls"] = "getter"  # stage norms are not on the path from one level to the next
     if kwargs.get("stage_norm") and kwargs.get("feature_cls", "getter") != "getter":
         raise ValueError(f'stage_norm needs feature_cls="getter", got {kwargs["feature_cls"]!r}')
-    return build_model_with_cfg(
-        NAT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg,
-        **kwargs,
-    )
+    path = None
+    if pretrained:
+        overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+        source = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), dict(overlay))
+        found = checkpoints.pretrained_overlay(source, kwargs.get("cache_dir"))
+        path = found.get("file")
+        kwargs["pretrained_cfg_overlay"] = overlay | found
+    try:
+        return build_model_with_cfg(
+            NAT,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=feature_cfg,
+            **kwargs,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}" if path else str(error)) from error
 
 
-def cfg(path: str = "", **kwargs) -> dict:
-    """Pretrained configuration; `path` is that of the weights on the publisher's server."""
+def cfg(path: str = "", hub: str = "", **kwargs) -> dict:
+    """Pretrained configuration; `path` is that of the weights on the publisher's server, `hub` their repository."""
     return {
         "url": f"https://shi-labs.com/projects/{path}" if path else "",
+        "hf_hub_id": f"shi-labs/{hub}" if hub else None,
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -478,12 +474,12 @@ def cfg(path: str = "", **kwargs) -> dict:
     }
 
 
-def cfg_384(path: str, **kwargs) -> dict:
-    return cfg(path, input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0, **kwargs)
+def cfg_384(path: str, hub: str = "", **kwargs) -> dict:
+    return cfg(path, hub, input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0, **kwargs)
 
 
-def _nat_cfg(path: str) -> dict:
-    return cfg(path, paper_ids="arXiv:2204.07143", paper_name="Neighborhood Attention Transformer")
+def _nat_cfg(path: str, hub: str) -> dict:
+    return cfg(path, hub, paper_ids="arXiv:2204.07143", paper_name="Neighborhood Attention Transformer")
 
 
 def _small_cfg() -> dict:
@@ -492,19 +488,23 @@ def _small_cfg() -> dict:
 
 default_cfgs = generate_default_cfgs(
     {
-        "nat_mini.shi_in1k": _nat_cfg("nat/checkpoints/CLS/nat_mini.pth"),
-        "nat_tiny.shi_in1k": _nat_cfg("nat/checkpoints/CLS/nat_tiny.pth"),
-        "nat_small.shi_in1k": _nat_cfg("nat/checkpoints/CLS/nat_small.pth"),
-        "nat_base.shi_in1k": _nat_cfg("nat/checkpoints/CLS/nat_base.pth"),
-        "dinat_mini.shi_in1k": cfg("dinat/checkpoints/imagenet1k/dinat_mini_in1k_224.pth"),
-        "dinat_tiny.shi_in1k": cfg("dinat/checkpoints/imagenet1k/dinat_tiny_in1k_224.pth"),
-        "dinat_small.shi_in1k": cfg("dinat/checkpoints/imagenet1k/dinat_small_in1k_224.pth"),
-        "dinat_base.shi_in1k": cfg("dinat/checkpoints/imagenet1k/dinat_base_in1k_224.pth"),
-        "dinat_large.shi_in22k_ft_in1k": cfg("dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_224.pth"),
+        "nat_mini.shi_in1k": _nat_cfg("nat/checkpoints/CLS/nat_mini.pth", "nat-mini-in1k-224"),
+        "nat_tiny.shi_in1k": _nat_cfg("nat/checkpoints/CLS/nat_tiny.pth", "nat-tiny-in1k-224"),
+        "nat_small.shi_in1k": _nat_cfg("nat/checkpoints/CLS/nat_small.pth", "nat-small-in1k-224"),
+        "nat_base.shi_in1k": _nat_cfg("nat/checkpoints/CLS/nat_base.pth", "nat-base-in1k-224"),
+        "dinat_mini.shi_in1k": cfg("dinat/checkpoints/imagenet1k/dinat_mini_in1k_224.pth", "dinat-mini-in1k-224"),
+        "dinat_tiny.shi_in1k": cfg("dinat/checkpoints/imagenet1k/dinat_tiny_in1k_224.pth", "dinat-tiny-in1k-224"),
+        "dinat_small.shi_in1k": cfg("dinat/checkpoints/imagenet1k/dinat_small_in1k_224.pth", "dinat-small-in1k-224"),
+        "dinat_base.shi_in1k": cfg("dinat/checkpoints/imagenet1k/dinat_base_in1k_224.pth", "dinat-base-in1k-224"),
+        "dinat_large.shi_in22k_ft_in1k": cfg(
+            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_224.pth", "dinat-large-in22k-in1k-224"
+        ),
         "dinat_large.shi_in22k": cfg("dinat/checkpoints/imagenet22k/dinat_large_in22k_224.pth", num_classes=21841),
-        "dinat_large_384.shi_in22k_ft_in1k": cfg_384("dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384.pth"),
+        "dinat_large_384.shi_in22k_ft_in1k": cfg_384(
+            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384.pth", "dinat-large-in22k-in1k-384"
+        ),
         "dinat_large_384_11x11.shi_in22k_ft_in1k": cfg_384(
-            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384_11x11.pth"
+            "dinat/checkpoints/imagenet1k/dinat_large_in22k_in1k_384_11x11.pth", "dinat-large-11x11-in22k-in1k-384"
         ),
         "dinat_large_384_11x11.shi_in22k": cfg(
             "dinat/checkpoints/imagenet22k/dinat_large_in22k_224_11x11interp.pth", num_classes=21841

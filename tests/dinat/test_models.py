@@ -30,22 +30,11 @@ PUBLISHED = [
 OURS = ["dinat_pico", "dinat_nano"]
 
 
-def published_weights(name: str, published: dict, fill=None) -> dict[str, torch.Tensor]:
-    """A checkpoint in the published layout; golden weights, or empty meta tensors without `fill`."""
-    weights = {}
-    for key, shape in published["keys"][name].items():
-        if key.endswith("relative_position_index"):
-            weights[key] = torch.zeros(shape, dtype=torch.int64)
-        else:
-            weights[key] = torch.empty(shape, device="meta") if fill is None else fill.tensor_for(key, tuple(shape))
-    return weights
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_golden(case, published, fill, tmp_path):
+def test_golden(case, published_weights, fill, tmp_path):
     """Logits and stage statistics of the original code, through timm's own loading of a published checkpoint."""
     name, size = case.split("@")
-    torch.save(published_weights(name, published, fill), tmp_path / "published.pth")
+    torch.save(published_weights(name), tmp_path / "published.pth")
     overlay = dict(file=str(tmp_path / "published.pth"))
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
     image = fill.image(1, *map(int, size.split("x")))
@@ -60,12 +49,12 @@ def test_golden(case, published, fill, tmp_path):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_variant(name, published):
+def test_published_variant(name, published, published_weights):
     """Parameter count, strict loading of the published keys, and dilations, on the meta device."""
     facts = published["models"][name]
     model = timm.create_model(TAGGED.get(name, name), device="meta")
     assert sum(p.numel() for p in model.parameters()) == facts["params"]
-    model.load_state_dict(checkpoint_filter_fn(published_weights(name, published), model), strict=True)
+    model.load_state_dict(checkpoint_filter_fn(published_weights(name, meta=True), model), strict=True)
     dilations = facts["arch"].get("dilations") or [[1] * d for d in facts["arch"].get("depths", [12])]
     if model.isotropic:
         dilations = [[d] for d in torch.tensor(dilations).flatten().tolist()]
@@ -74,6 +63,7 @@ def test_published_variant(name, published):
     assert list(cfg["input_size"]) == facts["input_size"]
     assert (cfg["crop_pct"], cfg["interpolation"]) == (facts["crop_pct"], facts["interpolation"])
     assert cfg["url"] == facts["checkpoint_url"]
+    assert cfg.get("hf_hub_id") == facts["hf_hub_id"]
     assert not list(model.buffers())
 
 
@@ -89,9 +79,9 @@ def test_multiply_adds(name, published):
 
 
 @pytest.mark.parametrize("name", ["dinat_mini", "nat_small", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small"])
-def test_filter_is_idempotent(name, published, fill):
+def test_filter_is_idempotent(name, published_weights):
     model = timm.create_model(name, device="meta")
-    once = checkpoint_filter_fn(published_weights(name, published, fill), model)
+    once = checkpoint_filter_fn(published_weights(name), model)
     twice = checkpoint_filter_fn(once, model)
     assert once.keys() == twice.keys() == model.state_dict().keys()
     assert all(torch.equal(once[key], twice[key]) for key in once)
@@ -179,8 +169,8 @@ def test_set_input_size_resizes_bias_tables():
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
 
 
-def test_checkpoint_of_another_window_is_resized(published, fill, tmp_path):
-    torch.save(published_weights("dinat_mini", published, fill), tmp_path / "published.pth")
+def test_checkpoint_of_another_window_is_resized(published_weights, tmp_path):
+    torch.save(published_weights("dinat_mini"), tmp_path / "published.pth")
     overlay = dict(file=str(tmp_path / "published.pth"))
     model = timm.create_model("dinat_mini", pretrained=True, pretrained_cfg_overlay=overlay, kernel_size=5)
     assert model.levels[0].blocks[0].attn.rpb.shape == (2, 9, 9)
@@ -239,8 +229,8 @@ def test_stage_norm():
         )
 
 
-def test_stage_norm_with_published_weights_and_other_extractors(published, fill, tmp_path):
-    torch.save(published_weights("dinat_mini", published, fill), tmp_path / "published.pth")
+def test_stage_norm_with_published_weights_and_other_extractors(published_weights, tmp_path):
+    torch.save(published_weights("dinat_mini"), tmp_path / "published.pth")
     overlay = dict(file=str(tmp_path / "published.pth"))
     model = timm.create_model("dinat_mini", pretrained=True, pretrained_cfg_overlay=overlay, stage_norm=True)
     assert model.norm3.weight.eq(1).all()

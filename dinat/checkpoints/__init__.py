@@ -1,0 +1,22 @@
+"""Weights of these models: where to get them, how to read them, and how to bring them into the models' own layout.
+
+The models call this package, so it knows models only as modules with a state dict.
+"""
+
+from dinat.checkpoints.download import download, pretrained_overlay, sources
+from dinat.checkpoints.fitting import check_fit, fit, resize_rpb
+from dinat.checkpoints.layouts import Shape, to_huggingface, to_native
+from dinat.checkpoints.reading import read_checkpoint
+
+__all__ = [
+    "Shape",
+    "check_fit",
+    "download",
+    "fit",
+    "pretrained_overlay",
+    "read_checkpoint",
+    "resize_rpb",
+    "sources",
+    "to_huggingface",
+    "to_native",
+]

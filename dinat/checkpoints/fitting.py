@@ -1,0 +1,73 @@
+"""Making weights fit a model, or saying why they do not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinat.checkpoints.layouts import to_native
+from dinat.errors import CheckpointError
+
+
+def resize_rpb(rpb: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """Resize a bias table (heads, 2k-1, 2k-1) to another window by bicubic interpolation, as the 11x11 weights were."""
+    size = tuple(2 * k - 1 for k in kernel_size)
+    if tuple(rpb.shape[1:]) == size:
+        return rpb
+    return F.interpolate(rpb[None].float(), size=size, mode="bicubic", align_corners=False)[0].to(rpb.dtype)
+
+
+def fit(checkpoint: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights of any known layout as a state dict for `model`; the classifier and the image's channels as they are.
+
+    Bias tables of another window are resized. Norms that the publisher's classifiers or detection models do not have
+    keep the values they have in `model`. The classifier and the first convolution are timm's to adapt.
+
+    Raises:
+        CheckpointError: the checkpoint is of another architecture.
+    """
+    state, own = to_native(checkpoint), model.state_dict()
+    for key, value in state.items():
+        if key in own and key.endswith(".rpb"):
+            state[key] = resize_rpb(value, [(side + 1) // 2 for side in own[key].shape[1:]])
+    optional = r"norm\d+\." if "norm.weight" in state else r"norm\d*\."  # backbones have no final norm
+    state |= {key: value for key, value in own.items() if key not in state and re.match(optional, key)}
+    adapted = {"head.fc.weight", "head.fc.bias"}
+    for stem in {"patch_embed.proj.weight", "patch_embed.proj.0.weight"} & state.keys() & own.keys():
+        if own[stem].select(1, 0).shape == state[stem].select(1, 0).shape:
+            adapted.add(stem)
+    check_fit(own, state, f"the checkpoint is of another architecture than this {type(model).__name__}", adapted)
+    return state
+
+
+def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str, ignore: Collection[str] = ()) -> None:
+    """Raises CheckpointError, beginning with `what`, unless `state` has the names and shapes of the state dict `own`.
+
+    Args:
+        ignore: keys that need not fit.
+    """
+    missing, unexpected = own.keys() - state.keys() - {*ignore}, state.keys() - own.keys() - {*ignore}
+    reshaped = {name for name in own.keys() & state.keys() - {*ignore} if own[name].shape != state[name].shape}
+    if not (missing or unexpected or reshaped):
+        return
+    examples = "; ".join(
+        [f"lacks {name}" for name in sorted(missing)[:2]]
+        + [f"has {name}" for name in sorted(unexpected)[:2]]
+        + [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}" for name in sorted(reshaped)[:2]]
+    )
+    total = len(missing) + len(unexpected) + len(reshaped)
+    raise CheckpointError(f"{what}: {total} entries differ ({examples}).{_hint(missing, unexpected)}")
+
+
+def _hint(missing: Collection[str], unexpected: Collection[str]) -> str:
+    """What is likely wrong, where the names tell."""
+    if missing and all(re.search(r"\.ls[12]\.gamma$", key) for key in missing):
+        return " The model has layer scale (ls_init_value), the checkpoint has not."
+    if unexpected and all(re.search(r"\.ls[12]\.gamma$", key) for key in unexpected):
+        return " The checkpoint has layer scale, the model has not (ls_init_value=None)."
+    if unexpected and all(re.match(r"norm\d", key) for key in unexpected):
+        return " The checkpoint is of a detection or segmentation backbone: create the model with stage_norm=True."
+    return ""

@@ -1,0 +1,126 @@
+"""A server on loopback that plays Hugging Face hub and publisher, and checkpoints small enough to serve."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+
+import dinat  # noqa: F401  registers the models
+
+ARCHITECTURE = dict(img_size=16, embed_dim=8, depths=(1, 2), num_heads=(1, 2), stem_stride=2)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`, path -> content; hub paths are /REPO/resolve/main/FILE.
+
+    Attributes:
+        cut: path -> how many bytes to send of it before the connection breaks, once per entry.
+        down: paths that begin so are not served.
+        log: (method, path, Range header) of every request.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.cut: dict[str, list[int]] = {}
+        self.down: list[str] = []
+        self.log: list[tuple[str, str, str | None]] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def bodies(self) -> list[str]:
+        """Paths of the files that were asked for, in order."""
+        return [path for method, path, _ in self.log if method == "GET" and not path.startswith("/api/")]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        server, asked = self.server, self.headers.get("Range")
+        server.log.append((self.command, self.path, asked))
+        content = server.files.get(self.path)
+        if content is None or any(map(self.path.startswith, server.down)):
+            self.send_response(404)
+            known = any(path.startswith(self.path.split("/resolve/")[0] + "/") for path in server.files)
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        start = int(re.match(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        self.send_response(206 if asked else 200)
+        digest = hashlib.sha256(content).hexdigest()
+        self.send_header("ETag", f'"{digest}"')
+        if "/resolve/" in self.path:
+            self.send_header("X-Repo-Commit", digest[:40])
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if body:
+            breaks = server.cut.get(self.path)
+            self.wfile.write(content[start : breaks.pop(0) if breaks else None])
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch) -> Server:
+    """The server, as this process's hub and with caches of its own; retries come without delay, chunks are small."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what a resumed transfer goes by
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return server
+
+
+def saved(state: object) -> bytes:
+    """The bytes of `torch.save`."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def tiny(**options: object) -> torch.nn.Module:
+    """A model of a few thousand parameters."""
+    return timm.create_model("dinat_pico", num_classes=5, **(ARCHITECTURE | options))
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    """Weights for `tiny`."""
+    return {key: torch.randn_like(value) for key, value in tiny().state_dict().items()}
+
+
+@pytest.fixture
+def caches(tmp_path) -> dict[str, Path]:
+    return {"publisher": tmp_path / "torch" / "checkpoints", "hub": tmp_path / "hub" / "models--shi--tiny"}
