@@ -15,7 +15,7 @@ from dinat.checkpoints import Shape, fit, read_checkpoint, to_huggingface, to_na
 from dinat.errors import CheckpointError, UserError
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "models.safetensors")
-CASES = sorted({key.split("/")[0] for key in GOLDEN})
+CASES = {key.split("@")[0]: key.split("/")[0] for key in sorted(GOLDEN)}  # one per model
 TAGGED = {
     "dinat_large_21k": "dinat_large.shi_in22k",
     "dinat_large_21k_11x11": "dinat_large_384_11x11.shi_in22k",
@@ -69,9 +69,10 @@ def backbone(state, prefix, there=False):
         out = huggingface(out, "")
     for i, width in enumerate(widths):
         name = f"hidden_states_norms.stage{i + 1}" if there else f"norm{i}"
-        out |= {f"{name}.weight": torch.full((width,), 2.0), f"{name}.bias": torch.full((width,), 3.0)}
+        for leaf, value in (("weight", 2.0), ("bias", 3.0)):
+            out[f"{name}.{leaf}"] = torch.full((width,), value, device=next(iter(state.values())).device)
     around = {"decode_head.conv_seg.weight": torch.zeros(2), "neck.patches.weight": torch.zeros(2)}
-    return {prefix + key: value for key, value in out.items()} | around
+    return {prefix + key: value for key, value in out.items()} | (around if prefix else {})
 
 
 LAYOUTS = {
@@ -105,7 +106,7 @@ def test_every_layout_of_every_variant(name, published_weights):
         assert all(once[key] is twice[key] for key in once), layout
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("dinat_base")])
+@pytest.mark.parametrize("case", CASES.values())
 def test_golden_logits_from_every_layout(case, published_weights, fill, tmp_path):
     name, size = case.split("@")
     image = fill.image(1, *map(int, size.split("x")))
@@ -118,26 +119,26 @@ def test_golden_logits_from_every_layout(case, published_weights, fill, tmp_path
             torch.testing.assert_close(model(image)[0], GOLDEN[f"{case}/logits"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("layout", sorted(BACKBONES))
-@pytest.mark.parametrize("name", ["nat_small", "dinat_s_tiny", "dinat_isotropic_small"])
-def test_golden_features_from_every_backbone_layout(name, layout, published_weights, tmp_path):
-    """The same blocks, and each stage norm where it belongs."""
+@pytest.mark.parametrize("name", ["dinat_mini", "dinat_s_tiny"])
+def test_golden_weights_from_every_backbone_layout(name, published_weights, tmp_path):
+    """The same blocks as in the classifier, and each stage norm where it belongs."""
     state = published_weights(name)
-    torch.save(LAYOUTS[layout](state), tmp_path / "laid_out.pth")
-    overlay = dict(file=str(tmp_path / "laid_out.pth"))
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, stage_norm=True)
     expected = to_native(state)
-    assert model.num_classes == 0
-    for key, value in model.state_dict().items():
-        if re.match(r"norm\d", key):
-            assert value.eq(2.0 if key.endswith("weight") else 3.0).all(), key
-        elif not key.startswith("norm."):
-            assert torch.equal(value, expected[key]), key
+    overlay = dict(file=str(tmp_path / "laid_out.pth"))
+    for layout in sorted(BACKBONES):
+        torch.save(LAYOUTS[layout](state), overlay["file"])
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, stage_norm=True)
+        assert model.num_classes == 0
+        for key, value in model.state_dict().items():
+            if re.match(r"norm\d", key):
+                assert value.eq(2.0 if key.endswith("weight") else 3.0).all(), key
+            elif not key.startswith("norm."):
+                assert torch.equal(value, expected[key]), key
     features = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, stage_norm=True, features_only=True
     )
-    assert all(torch.equal(value, features.model.state_dict()[key]) for key, value in model.state_dict().items()
-               if not key.startswith("norm."))  # fmt: skip
+    own = features.model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in model.state_dict().items() if key[:5] != "norm.")
     with pytest.raises(CheckpointError, match=r"laid_out\.pth: .*create the model with stage_norm=True"):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
 
@@ -217,14 +218,13 @@ def test_new_head_and_other_channels(from_file):
 
 
 def test_bias_tables_are_resized(from_file):
-    """As torchvision's Swin does it: bicubic, corners not aligned; against an independent evaluation at one point."""
     state = tiny(kernel_size=3, num_classes=2).state_dict()
     state["levels.0.blocks.0.attn.rpb"] = torch.arange(25.0).reshape(1, 5, 5)
     model = from_file(state, kernel_size=5)
     table = model.levels[0].blocks[0].attn.rpb
     assert table.shape == (1, 9, 9)
     torch.testing.assert_close(table[0, 4, 4], torch.tensor(12.0))  # the middle stays
-    torch.testing.assert_close(table[0].flip(0, 1), 24 - table[0])  # and so does the symmetry
+    torch.testing.assert_close(table[0].flip(0, 1), 24 - table[0], atol=1e-4, rtol=0)  # and the symmetry
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_another_architecture_is_refused(from_file, weights, model, reason, num_
 
 
 def test_weights_of_something_else_are_refused(from_file):
-    with pytest.raises(CheckpointError, match=r"no backbone of the NAT family; its keys begin \['conv1\.weight'"):
+    with pytest.raises(CheckpointError, match=r"no backbone of the NAT family; its keys begin \['conv1\.0"):
         from_file(timm.create_model("resnet10t").state_dict())
     with pytest.raises(CheckpointError, match="none of the NAT family"):
         from_file(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict())

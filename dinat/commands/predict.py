@@ -1,0 +1,112 @@
+"""`dinat predict`: the likeliest classes of images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+from rich.table import Table
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data.readers import get_img_extensions
+from torch import nn
+
+from dinat.commands.catalogue import console, find
+from dinat.commands.weights import read_image
+from dinat.errors import CheckpointError, UserError
+
+
+class Format(str, Enum):
+    """What `dinat predict` prints."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+def predict(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
+    model: Annotated[str, typer.Option(help="A model of ours, or local-dir:FOLDER, or hf-hub:REPO.")] = "dinat_mini",
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights to use instead of the published ones.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
+    format: Annotated[Format, typer.Option(help="How to print them.")] = Format.table,
+) -> None:
+    """Show the likeliest classes of images."""
+    files = list(find_images(images))
+    network = load(model, checkpoint)
+    if not network.num_classes:
+        raise UserError(f"--model {model}: its weights have no classifier.")
+    names = class_names(network)
+    transform = create_transform(**resolve_data_config(model=network))
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(files), batch_size):
+        batch = files[start : start + batch_size]
+        with torch.inference_mode():
+            logits = network(torch.stack([transform(read_image(file)) for file in batch]))
+        best = logits.softmax(dim=1).topk(min(top, network.num_classes), dim=1)
+        for file, probabilities, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
+            for rank, (probability, index) in enumerate(zip(probabilities, indices, strict=True), start=1):
+                rows.append(
+                    dict(image=str(file), rank=rank, index=index, label=names[index], probability=round(probability, 6))
+                )
+    show(rows, format)
+
+
+def find_images(paths: list[Path]) -> Iterator[Path]:
+    """The files among `paths`, and all images below the folders among them, sorted."""
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in get_img_extensions())
+            if not found:
+                raise UserError(f"IMAGE {path}: the folder holds no images.")
+            yield from found
+        elif path.is_file():
+            yield path
+        else:
+            raise UserError(f"IMAGE {path}: no such file or folder.")
+
+
+def load(model: str, checkpoint: Path | None) -> nn.Module:
+    """The model in evaluation mode, with its published weights or those of a file."""
+    if ":" not in model:
+        find(model)
+    overlay = {"file": str(checkpoint)} if checkpoint else None
+    try:
+        return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError) as error:  # timm's, of a model without weights or a bad folder
+        raise UserError(f"--model {model}: {' '.join(str(error).split())}") from error
+
+
+def class_names(network: nn.Module) -> list[str]:
+    """The names of a model's classes: its own, else ImageNet's, else their numbers."""
+    if own := network.pretrained_cfg.get("label_names"):
+        return list(own)
+    if subset := infer_imagenet_subset(network):
+        return ImageNetInfo(subset).label_descriptions()
+    return list(map(str, range(network.num_classes)))
+
+
+def show(rows: list[dict[str, Any]], format: Format) -> None:
+    if format is Format.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif format is Format.csv:
+        writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        table = Table("image", "class", box=None, pad_edge=False)
+        table.add_column("probability", justify="right")
+        for row in rows:
+            label = f"{row['label']} ({row['index']})"
+            table.add_row(row["image"] if row["rank"] == 1 else "", label, f"{100 * row['probability']:.1f} %")
+        console.print(table)
