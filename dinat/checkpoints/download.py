@@ -153,9 +153,13 @@ def verify(path: Path, record: Path, source: str, sha256: str | None = None) -> 
         raise CheckpointError(f"{record.with_suffix('')} came from {origin}; move it, or set cache_dir.")
     digest = sha256_of(path)
     expected = (sha256 or recorded or digest).lower()
+    if digest != expected and sha256:
+        raise CheckpointError(f"{path}: its SHA-256 is {digest}, not the pinned {expected}.")
     if digest != expected:
-        reason = "as pinned" if sha256 else f"as recorded in {record} at its first download; delete both to accept it"
-        raise CheckpointError(f"{path}: the file changed: its SHA-256 is {digest}, not {expected}, {reason}.")
+        raise CheckpointError(
+            f"{path}: the file changed: its SHA-256 is {digest}, not {expected} as at the first download. "
+            f"Delete {record} to accept it."
+        )
     read_checkpoint(path)
     if recorded != digest:
         try:

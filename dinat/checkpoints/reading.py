@@ -36,7 +36,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training checkpoints hold one
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file surfaces as anything from EOFError to UnpicklingError
-        raise CheckpointError(f"{path}: not a readable checkpoint, or cut short: {error}") from error
+        reason = (
+            str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+        )  # without torch's general advice
+        raise CheckpointError(f"{path}: not a readable checkpoint, or cut short: {reason}") from error
     tensors = unwrap(content) if isinstance(content, Mapping) else {}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors, so it is not a checkpoint.")

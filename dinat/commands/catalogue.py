@@ -18,7 +18,7 @@ from dinat.published import TOP1
 
 console = Console(highlight=False)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, with or without a tag.")]
-MODULES = ("dinat_s", "isotropic", "nat")
+MODULES = ("nat", "dinat_s", "isotropic")
 
 
 def ours(pattern: str = "*") -> list[str]:

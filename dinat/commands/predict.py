@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import timm
 import torch
 import typer
+from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from timm.data.readers import get_img_extensions
@@ -47,7 +49,9 @@ def predict(
     names = class_names(network)
     transform = create_transform(**resolve_data_config(model=network))
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(files), batch_size):
+    errors = Console(stderr=True)
+    steps = range(0, len(files), batch_size)
+    for start in track(steps, "images", console=errors, transient=True, disable=not errors.is_terminal):
         batch = files[start : start + batch_size]
         with torch.inference_mode():
             logits = network(torch.stack([transform(read_image(file)) for file in batch]))

@@ -143,10 +143,12 @@ def architecture_of(shape: Shape, source: Path) -> str:
     def body(shape: Shape) -> tuple:
         return shape.embed_dim, shape.depths, shape.num_heads, shape.mlp_ratio, shape.layer_scale
 
-    names = dict.fromkeys(map(get_arch_name, ours()))
-    fitting = [
-        name for name in names if body(Shape.of(timm.create_model(name, device="meta").state_dict())) == body(shape)
-    ]
+    shapes = {
+        name: Shape.of(timm.create_model(name, device="meta").state_dict())
+        for name in dict.fromkeys(map(get_arch_name, ours()))
+    }
+    fitting = [name for name in shapes if body(shapes[name]) == body(shape)]
+    fitting = [name for name in fitting if shapes[name].kernel_size == shape.kernel_size] or fitting
     if len(fitting) != 1:
         choice = f"may be any of {', '.join(fitting)}" if fitting else "is none of our models"
         raise UserError(f"{source}: by its shapes this {choice}. Say which with --model.")

@@ -1,23 +1,18 @@
-"""A server on loopback that plays Hugging Face hub and publisher, and checkpoints small enough to serve."""
+"""A server on loopback that plays Hugging Face hub and publisher, and the command line in this process."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-import timm
 import torch
 
-import dinat  # noqa: F401  registers the models
-
-ARCHITECTURE = dict(img_size=16, embed_dim=8, depths=(1, 2), num_heads=(1, 2), stem_stride=2)
+from dinat.commands import main
 
 
 class Server(ThreadingHTTPServer):
@@ -91,6 +86,23 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
+def dinat(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line `dinat` in this process: (exit status, stdout, stderr)."""
+
+    def dinat(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["dinat", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return dinat
+
+
+@pytest.fixture
 def hub(server, tmp_path, monkeypatch) -> Server:
     """The server, as this process's hub and with caches of its own; retries come without delay, chunks are small."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
@@ -101,26 +113,3 @@ def hub(server, tmp_path, monkeypatch) -> Server:
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what a resumed transfer goes by
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return server
-
-
-def saved(state: object) -> bytes:
-    """The bytes of `torch.save`."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()
-
-
-def tiny(**options: object) -> torch.nn.Module:
-    """A model of a few thousand parameters."""
-    return timm.create_model("dinat_pico", num_classes=5, **(ARCHITECTURE | options))
-
-
-@pytest.fixture
-def state() -> dict[str, torch.Tensor]:
-    """Weights for `tiny`."""
-    return {key: torch.randn_like(value) for key, value in tiny().state_dict().items()}
-
-
-@pytest.fixture
-def caches(tmp_path) -> dict[str, Path]:
-    return {"publisher": tmp_path / "torch" / "checkpoints", "hub": tmp_path / "hub" / "models--shi--tiny"}

@@ -1,0 +1,81 @@
+"""docs/command_line.md is true: every command on it is run, and prints what stands there.
+
+`RENEW_PAGE=1 pytest tests/dinat/commands/test_page.py` writes the page anew, to be read before it is committed.
+"""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from dinat.commands import weights
+from dinat.commands.weights import known_image_logits
+
+PAGE = Path(__file__).parents[3] / "docs" / "command_line.md"
+BLOCKS = re.findall(r"```console\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+def sessions():
+    """(command, output) of every command on the page, in order."""
+    for block in BLOCKS:
+        for session in block.removeprefix("$ ").split("\n$ "):
+            command, _, output = session.partition("\n")
+            yield command, output.rstrip("\n")
+
+
+@pytest.fixture
+def workplace(hub, published_weights, tmp_path, monkeypatch):
+    """What the page assumes: a hub with the weights of dinat_mini, a published file, photographs."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # the publisher is out of reach
+    monkeypatch.chdir(tmp_path)
+    torch.save(published_weights("dinat_mini"), "dinat_mini_in1k_224.pth")
+    hub.files = {
+        "/shi-labs/dinat-mini-in1k-224/resolve/main/pytorch_model.bin": Path("dinat_mini_in1k_224.pth").read_bytes()
+    }
+    (tmp_path / "photos").mkdir()
+    for i, name in enumerate(("photo.png", "cats.jpg", "photos/a.png", "photos/b.png")):
+        ramp = np.indices((240, 320)).sum(0)[..., None] * [1, 2, 3] + 50 * i
+        Image.fromarray((ramp % 256).astype("uint8")).save(name)
+    overlay = dict(file="dinat_mini_in1k_224.pth")
+    model = timm.create_model("dinat_mini", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    known = tuple(known_image_logits(model, Path("cats.jpg"))[:3].tolist())
+    monkeypatch.setattr(weights, "LOGITS", {"dinat_mini.shi_in1k": known})
+    return tmp_path
+
+
+def general(output: str, workplace: Path) -> str:
+    """Without what differs from one machine or version to the next."""
+    output = output.replace(str(workplace / "hub"), "~/.cache/huggingface/hub")
+    output = output.replace(str(workplace / "torch"), "~/.cache/torch/hub")
+    output = re.sub(r"\b(?!0{64})[0-9a-f]{40,64}\b", "…", output)
+    output = re.sub(r"within \S+ of", "within … of", output)
+    output = re.sub(r"\[Errno \d+\]", "[Errno …]", output)
+    return "\n".join(line.rstrip() for line in output.splitlines())
+
+
+def run(dinat, workplace):
+    for command, expected in sessions():
+        status, out, err = dinat(*shlex.split(command)[1:])
+        yield command, expected, status, general(out + err, workplace)
+
+
+def test_page(dinat, workplace):
+    for command, expected, status, printed in run(dinat, workplace):
+        assert printed == expected, command
+        assert status == (2 if re.search("^(error|Error): ", expected, re.MULTILINE) else 0), command
+
+
+@pytest.mark.skipif(not os.environ.get("RENEW_PAGE"), reason="only to renew the page")
+def test_renew(dinat, workplace):
+    page = PAGE.read_text()
+    for command, expected, _, printed in run(dinat, workplace):
+        old = f"$ {command}\n{expected}\n" if expected else f"$ {command}\n"
+        page = page.replace(old, f"$ {command}\n{printed}\n", 1)
+    PAGE.write_text(page)
