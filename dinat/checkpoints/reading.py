@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,10 +37,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training checkpoints hold one
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file surfaces as anything from EOFError to UnpicklingError
-        reason = (
-            str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
-        )  # without torch's general advice
-        raise CheckpointError(f"{path}: not a readable checkpoint, or cut short: {reason}") from error
+        raise CheckpointError(f"{path}: not a readable checkpoint, or cut short: {_gist(error)}") from error
     tensors = unwrap(content) if isinstance(content, Mapping) else {}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors, so it is not a checkpoint.")
@@ -59,3 +57,9 @@ def refuse_web_page(path: Path) -> None:
         start = file.read(256).lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise CheckpointError(f"{path}: a web page, not a checkpoint.")
+
+
+def _gist(error: Exception) -> str:
+    """The line of an error that says what is wrong; torch puts general advice around it."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line for line in lines if re.search(r"\bunsupported\b", line, re.IGNORECASE)), lines[0])

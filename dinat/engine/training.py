@@ -41,7 +41,7 @@ from dinat.engine.models import autocast_dtype, build_model, check_fit, check_mo
 from dinat.engine.optim import create_optimizer, create_schedule
 from dinat.engine.scoring import Scores, check_labels, measure, report_bad_images
 from dinat.errors import UserError, nearest
-from dinat.files import write_atomically
+from dinat.files import write_atomically, write_text
 
 log = report.log
 
@@ -390,8 +390,8 @@ class Trainer:
     def describe(self) -> None:
         """Writes down what this run is: its configuration and its surroundings."""
         environment = report.describe_environment(report.argv(), str(self.world.device), self.world.size)
-        checkpoint.write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
-        checkpoint.write_text(self.run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
+        write_text(self.run_dir / "config.yaml", OmegaConf.to_yaml(self.cfg, resolve=True))
+        write_text(self.run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         log.info(
             "%s, %.2f M parameters, %d classes, input %s, %d x %d updates of %d images on %d x %s; %s",
