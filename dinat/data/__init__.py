@@ -1,5 +1,6 @@
 """Datasets, order, augmentation: everything between files and a batch on the device."""
 
+from dinat.data.imagenet import accepted_labels, competing_classes
 from dinat.data.loaders import IGNORE, TrainLoader, eval_loader
 from dinat.data.seeding import reseed
 from dinat.data.sources import class_to_idx, open_split
@@ -10,7 +11,9 @@ __all__ = [
     "Augment",
     "Normalize",
     "TrainLoader",
+    "accepted_labels",
     "class_to_idx",
+    "competing_classes",
     "eval_loader",
     "eval_transform",
     "open_split",

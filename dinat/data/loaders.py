@@ -20,10 +20,10 @@ from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
+from dinat.data.imagenet import IGNORE
 from dinat.data.seeding import derive, reseed_host
 from dinat.errors import UserError
 
-IGNORE = -1
 ATTEMPTS = 10  # neighbours tried in place of an unreadable training image before giving up
 
 Batch = tuple[torch.Tensor, torch.Tensor, list[str]]

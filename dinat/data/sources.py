@@ -9,6 +9,7 @@ from typing import Any
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
+from dinat.data import imagenet
 from dinat.data.digits import Digits
 from dinat.errors import UserError
 
@@ -39,7 +40,8 @@ def open_split(
         return Digits(split)
     if name == "folder":
         root = _locate(data, split)
-        options = {"class_map": data["class_map"] or class_map, "input_key": data["input_key"], "search_split": False}
+        known = data["class_map"] or imagenet.class_map(data.get("benchmark"))
+        options = {"class_map": known or class_map, "input_key": data["input_key"], "search_split": False}
     elif "/" in name:
         root = data["root"]
         options = {"split": part, "download": data["download"]}
@@ -57,7 +59,9 @@ def open_split(
     except Exception as error:  # readers raise what they please: assertions, IndexErrors, errors of their libraries
         reason = str(error) or type(error).__name__
         raise UserError(f"data.name={name}, data.root={root}: split '{part}' cannot be opened: {reason}") from error
-    if name == "folder" and Path(root).is_dir() and not data["class_map"]:
+    if data.get("benchmark") == "imagenet_real" and not training:
+        dataset.reader.samples = imagenet.number_images(dataset.reader.samples)
+    if name == "folder" and Path(root).is_dir() and not known:
         _refuse_classes_without_images(Path(root), dataset.reader, class_map)
     return dataset
 

@@ -14,12 +14,22 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from dinat.data import Normalize, class_to_idx, eval_loader, eval_transform, open_split, resolve_preprocessing
+from dinat.data import (
+    Normalize,
+    accepted_labels,
+    class_to_idx,
+    competing_classes,
+    eval_loader,
+    eval_transform,
+    open_split,
+    resolve_preprocessing,
+)
 from dinat.engine import checkpoint, report
 from dinat.engine.distributed import join
 from dinat.engine.models import autocast_dtype, build_model, check_model_name, find_weights, load_weights, to_dict
 from dinat.engine.scoring import Scores, measure
 from dinat.errors import UserError
+from dinat.published import TOP1
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         runtime = {"dtype": "float32", "workers": 0, "channels_last": False} | origin.config.get("runtime", {})
         runtime |= {key: value for key, value in cfg.runtime.items() if value is not None}
         batch_size = cfg.batch_size or origin.config.get("eval_batch_size", 256)
+        benchmark = data.get("benchmark")
+        if benchmark == "imagenet_real" and (cfg.per_class or cfg.confusion):
+            raise UserError(
+                "per_class and confusion need one label per image, data.benchmark=imagenet_real has any number."
+            )
         dtype = autocast_dtype(runtime["dtype"])
         section = model_section(cfg.model, origin)
         check_model_name(section["name"])
@@ -98,6 +113,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
                 autocast=partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32),
                 on_bad_image=data["on_bad_image"],
                 confusion=cfg.confusion,
+                competing=competing_classes(benchmark),
+                accepted=accepted_labels(benchmark),
                 tick=bar.advance,
             )
         row = results_row(model, preprocessing, scores)
@@ -106,6 +123,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             folder.mkdir(parents=True, exist_ok=True)
             names = origin.classes or list(class_to_idx(dataset)) or [str(i) for i in range(model.num_classes)]
             report.write_csv(folder / "results.csv", [row])
+            if cfg.table:
+                published = TOP1.get(full_name(model)) if section["pretrained"] and benchmark == "imagenet" else None
+                report.add_row(Path(cfg.table), table_row(row, benchmark or data["name"], published))
             if cfg.per_class:
                 report.write_csv(folder / "per_class.csv", per_class_rows(scores, names))
             if cfg.confusion:
@@ -168,6 +188,17 @@ def results_row(model: nn.Module, preprocessing: Mapping[str, Any], scores: Scor
         "interpolation": preprocessing["interpolation"],
         "loss": round(scores.loss, 6),
     }
+
+
+def full_name(model: nn.Module) -> str:
+    """Name and tag of a timm model."""
+    return ".".join(filter(None, (model.pretrained_cfg["architecture"], model.pretrained_cfg.get("tag"))))
+
+
+def table_row(row: Mapping[str, Any], data: str, published: float | None) -> dict[str, Any]:
+    """A row of the table of many evaluations: the data, timm's columns, published top-1, ours minus it."""
+    difference = None if published is None else round(row["top1"] - published, 4)
+    return {"data": data, **row, "published": published, "difference": difference}
 
 
 def per_class_rows(scores: Scores, names: list[str]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import WeakFileLock
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.logging import RichHandler
@@ -137,6 +138,23 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, table.getvalue())
+
+
+def add_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Adds an evaluation to a table that several processes may write to, in place of an earlier one of the same.
+
+    Raises:
+        UserError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = {name: "" if value is None else str(value) for name, value in row.items()}
+    with WeakFileLock(path.with_name(f".{path.name}.lock")):
+        rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+        if rows and rows[0].keys() != row.keys():
+            raise UserError(f"table={path}: has other columns, {', '.join(rows[0])}. Give another file.")
+        same = ("data", "model", "img_size", "crop_pct")
+        kept = [other for other in rows if any(other[name] != row[name] for name in same)]
+        write_csv(path, sorted([*kept, row], key=lambda r: (r["data"], -float(r["top1"]))))
 
 
 def draw_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:

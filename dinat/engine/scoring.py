@@ -49,6 +49,8 @@ def measure(
     on_bad_image: str = "skip",
     confusion: bool = False,
     lockstep: bool = False,
+    competing: Sequence[int] | None = None,
+    accepted: Tensor | None = None,
     tick: Callable[[int], None] = lambda done: None,
 ) -> Scores:
     """Evaluates `model` on batches of `(images, targets, problems)` as `dinat.data.eval_loader` yields them.
@@ -56,6 +58,9 @@ def measure(
     Args:
         prepare: uint8 images -> normalised images on the model's device.
         lockstep: keep processes at the same number of batches, as a sharded model needs and a stream does not provide.
+        competing: indices of the classes that predictions are chosen from, all if None.
+        accepted: which classes are right for each label, (labels, num_classes) bool, where labels are not classes;
+            `correct` and `total` then count labels, and there is no confusion matrix.
         tick: called after each batch with the number of batches done.
 
     Raises:
@@ -66,25 +71,35 @@ def measure(
     device = world.device
     exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     sums = torch.zeros(3, dtype=exact, device=device)  # loss, correct in 5, skipped
-    correct, total = (torch.zeros(num_classes, dtype=torch.int64, device=device) for _ in range(2))
+    num_labels = num_classes if accepted is None else len(accepted)
+    correct, total = (torch.zeros(num_labels, dtype=torch.int64, device=device) for _ in range(2))
     matrix = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=device) if confusion else None
     top = min(5, num_classes)
+    excluded = torch.zeros(num_classes, dtype=torch.bool, device=device)
+    if competing is not None:
+        excluded[[index for index in range(num_classes) if index not in {*competing}]] = True
     batches = _in_lockstep(batches, world) if lockstep else batches
     for done, (images, targets, problems) in enumerate(batches, start=1):
         report_bad_images(problems, on_bad_image)
-        check_labels(targets, num_classes)
+        check_labels(targets, num_labels)
         counted = targets != IGNORE
         targets, counted = targets.to(device, non_blocking=True), counted.to(device, non_blocking=True)
         with autocast():
             logits = model(prepare(images)).float()
-        logits, targets = logits[counted], targets[counted]
+        logits, targets = logits[counted].masked_fill(excluded, -torch.inf), targets[counted]
         ranked = logits.topk(top, dim=1).indices
-        hits = ranked[:, 0] == targets
-        sums[0] += F.cross_entropy(logits, targets, reduction="none").to(exact).sum()
-        sums[1] += (ranked == targets[:, None]).any(dim=1).sum()
+        if accepted is None:
+            right, losses = ranked == targets[:, None], F.cross_entropy(logits, targets, reduction="none")
+        else:
+            rows = accepted[targets.cpu()].to(device)
+            right = rows.gather(1, ranked)
+            losses = -logits.log_softmax(dim=1).masked_fill(~rows, -torch.inf).logsumexp(dim=1)  # of any right class
+        hits = right[:, 0]
+        sums[0] += losses.to(exact).sum()
+        sums[1] += right.any(dim=1).sum()
         sums[2] += len(problems)
-        correct += torch.bincount(targets[hits], minlength=num_classes)
-        total += torch.bincount(targets, minlength=num_classes)
+        correct += torch.bincount(targets[hits], minlength=num_labels)
+        total += torch.bincount(targets, minlength=num_labels)
         if matrix is not None:
             matrix += torch.bincount(targets * num_classes + ranked[:, 0], minlength=len(matrix))
         tick(done)
