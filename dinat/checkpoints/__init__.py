@@ -3,7 +3,7 @@
 The models call this package, so it knows models only as modules with a state dict.
 """
 
-from dinat.checkpoints.download import download, pretrained_overlay, sources
+from dinat.checkpoints.fetching import download, pretrained_overlay, sources
 from dinat.checkpoints.fitting import check_fit, fit, resize_rpb
 from dinat.checkpoints.layouts import Shape, to_huggingface, to_native
 from dinat.checkpoints.reading import read_checkpoint

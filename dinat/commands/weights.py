@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dinat import checkpoints
 from dinat.checkpoints import Shape
-from dinat.checkpoints.download import sha256_of
+from dinat.checkpoints.fetching import sha256_of
 from dinat.commands.catalogue import Model, console, find, full_name, ours
 from dinat.errors import CheckpointError, UserError
 from dinat.published import LOGITS, LOGITS_IMAGE

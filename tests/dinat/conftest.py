@@ -52,8 +52,10 @@ class Handler(BaseHTTPRequestHandler):
         content = server.files.get(self.path)
         if content is None or any(map(self.path.startswith, server.down)):
             self.send_response(404)
-            known = any(path.startswith(self.path.split("/resolve/")[0] + "/") for path in server.files)
-            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            repository = self.path.split("/resolve/")[0] + "/"
+            if "/resolve/" in self.path:
+                known = any(path.startswith(repository) for path in server.files)
+                self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
