@@ -272,7 +272,7 @@ def test_connection_that_stays_broken(hub, load, state, caches):
     hub.log.clear()
     assert same(load(), state)
     assert ("GET", FILE, "bytes=3000-") in hub.log
-    assert not list(caches["publisher"].glob("*.incomplete"))
+    assert not list(caches["publisher"].glob(".*.incomplete"))
 
 
 def test_remains_of_another_version_are_not_continued(hub, load, state, caches):
@@ -285,6 +285,19 @@ def test_remains_of_another_version_are_not_continued(hub, load, state, caches):
     hub.files = {FILE: saved(state)}
     assert same(load(), state)
     assert ("GET", FILE, None) in hub.log
+    assert not list(caches["publisher"].glob(".*.incomplete"))
+
+
+def test_remains_of_an_unknown_version_are_not_continued(hub, load, state):
+    """A server without ETag cannot tell whether its file is still the same."""
+    hub.etag = False
+    hub.files = {FILE: saved({key: value + 1 for key, value in state.items()})}
+    hub.cut[FILE] = [3000] * 10
+    with pytest.raises(CheckpointError):
+        load(overlay=dict(hf_hub_id=None))
+    hub.cut.clear()
+    hub.files = {FILE: saved(state)}
+    assert same(load(overlay=dict(hf_hub_id=None)), state)
 
 
 def test_the_publisher_gets_no_hub_token(hub, load, state, monkeypatch):

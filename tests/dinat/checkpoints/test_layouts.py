@@ -224,6 +224,14 @@ def test_bias_tables_are_resized(from_file):
     table = model.levels[0].blocks[0].attn.rpb
     assert table.shape == (1, 9, 9)
     torch.testing.assert_close(table[0, 4, 4], torch.tensor(12.0))  # the middle stays
+    state["levels.0.blocks.0.attn.rpb"] = torch.tensor([0.0, 1, 4, 9, 16]).expand(1, 5, 5)
+    across = from_file(state, kernel_size=5).levels[0].blocks[0].attn.rpb[0, 0]
+    place = (3 + 0.5) * 5 / 9 - 0.5  # of the fourth of nine among five, without aligned corners: 1 + t
+    t, a = place - 1, -0.75  # Keys' cubic convolution
+    far = [a * ((d - 5) * d + 8) * d - 4 * a for d in (1 + t, 2 - t)]
+    near = [((a + 2) * d - (a + 3)) * d * d + 1 for d in (t, 1 - t)]
+    expected = far[0] * 0 + near[0] * 1 + near[1] * 4 + far[1] * 9
+    torch.testing.assert_close(across[3], torch.tensor(expected))
     torch.testing.assert_close(table[0].flip(0, 1), 24 - table[0], atol=1e-4, rtol=0)  # and the symmetry
 
 
@@ -278,5 +286,8 @@ def test_read_checkpoint_reads_no_code(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(2)}, "hook": print}, tmp_path / "code.pth")
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "code.pth")
+    (tmp_path / "page.pth").write_text("<html></html>")
+    with pytest.raises(CheckpointError, match=r"page\.pth: a web page, not a checkpoint"):
+        read_checkpoint(tmp_path / "page.pth")
     torch.save({"a": torch.ones(2)}, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     assert read_checkpoint(tmp_path / "legacy.pth")["a"].tolist() == [1, 1]
