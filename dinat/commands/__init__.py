@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from dinat import export
 from dinat.commands import catalogue, predict, weights
 from dinat.errors import UserError
 
@@ -26,6 +27,7 @@ for command in (
     predict.predict,
 ):
     app.command("list" if command is catalogue.list_models else None)(command)
+app.command("export")(export.command)
 
 
 def main() -> None:

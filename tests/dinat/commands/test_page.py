@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub.utils import close_session
 from PIL import Image
 
 from dinat.commands import weights
@@ -34,6 +35,7 @@ def workplace(hub, published_weights, tmp_path, monkeypatch):
     """What the page assumes: a hub with the weights of dinat_mini, a published file, photographs."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # the publisher is out of reach
+    close_session()  # a session keeps the proxies it began with
     monkeypatch.chdir(tmp_path)
     torch.save(published_weights("dinat_mini"), "dinat_mini_in1k_224.pth")
     hub.files = {
@@ -47,7 +49,8 @@ def workplace(hub, published_weights, tmp_path, monkeypatch):
     model = timm.create_model("dinat_mini", pretrained=True, pretrained_cfg_overlay=overlay).eval()
     known = tuple(known_image_logits(model, Path("cats.jpg"))[:3].tolist())
     monkeypatch.setattr(weights, "LOGITS", {"dinat_mini.shi_in1k": known})
-    return tmp_path
+    yield tmp_path
+    close_session()
 
 
 def general(output: str, workplace: Path) -> str:
