@@ -313,6 +313,14 @@ def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(2, (kv_heads, x.shape[2] // kv_heads)).permute(0, 2, 3, 1, 4)
 
 
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """`x.index_select(1, index)` of x (batch, tokens, heads, dim), by rows: no copy of a strided x comes first."""
+    batch, tokens = x.shape[:2]
+    if batch > 1:
+        index = (index + tokens * torch.arange(batch, device=x.device)[:, None]).flatten()
+    return x.flatten(2).flatten(0, 1).index_select(0, index).view(batch, -1, *x.shape[2:])
+
+
 def _gather(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Tiles of `x`: (batch, kv_heads, group, tokens, dim) and index (tiles, slots) to (..., tiles, group * slots, dim).
 
@@ -379,7 +387,7 @@ def _fused_attention(
         x = x[images].flatten(1, -3)
         if not plan.is_one_tile:
             index = plan.tensor(name, device=device)[tiles]
-            x = x.index_select(1, index.flatten()).view(-1, index.shape[1], *x.shape[2:])
+            x = _take(x, index.flatten()).view(-1, index.shape[1], *x.shape[2:])
         elif x.stride(-1) != 1:  # which the fused attention takes for granted
             x = x.contiguous()
         return x.transpose(1, 2)
@@ -402,7 +410,7 @@ def _fused_attention(
     out, lse = _assemble(outs, dim=1), _assemble(lses, dim=1)  # (batch, tiles * slots, heads, dim or 1)
     if not plan.is_one_tile:
         slot = plan.tensor("slot", device=device)
-        out, lse = out.index_select(1, slot), lse.index_select(1, slot)
+        out, lse = _take(out, slot), _take(lse, slot)
     return out.view(value.shape), lse.to(dtype).view(query.shape[:-1])
 
 
