@@ -75,7 +75,7 @@ def query_kernel(
     GROUP: tl.constexpr,  # query heads per key head
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    WINDOW: tl.constexpr,  # per axis: kernel_size, stride, is_causal, whether every query sees its whole group
+    WINDOW: tl.constexpr,  # kernel_size, stride, is_causal, and whether every query sees its whole group, axis by axis
     TILE: tl.constexpr,  # a tile of queries, as BOX
     BOX: tl.constexpr,  # the box of keys that hold all its windows: positions.block
     BQ: tl.constexpr,  # the sizes of blocks: powers of two
@@ -109,7 +109,7 @@ def query_kernel(
     q_pos, m_q = at.block(tl.arange(0, BQ), 0, first, n, TILE)
     q_index = at.tokens(q_pos, dilation, group, WIDE)
     lo = at.first_keys(first, n, WINDOW)
-    TABLE: tl.constexpr = (2 * WINDOW[0][0] - 1) * (2 * WINDOW[1][0] - 1) * (2 * WINDOW[2][0] - 1)
+    TABLE: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[4] - 1) * (2 * WINDOW[8] - 1)
     p_rpb += i_head * TABLE
     HOISTED: tl.constexpr = BLOCKS == 1 or not GRAD_QUERY
     if HOISTED:
@@ -170,16 +170,16 @@ def query_kernel(
     if GRAD_RPB:
         # An entry of the table is one key of every query, at most: so many steps from the first key of the box.
         p_drpb += tl.program_id(0).to(tl.int64) * TABLE
-        table_h: tl.constexpr = 2 * WINDOW[1][0] - 1
-        table_w: tl.constexpr = 2 * WINDOW[2][0] - 1
+        table_h: tl.constexpr = 2 * WINDOW[4] - 1
+        table_w: tl.constexpr = 2 * WINDOW[8] - 1
         runs: tl.constexpr = (BOX[2] + BOX[4] - 1) // BOX[4]
         row, col = first_block // runs * BOX[3], first_block % runs * BOX[4]
         # Positions again, from a zero that the compiler does not know: kept over the loop, they would spill.
         zero = tl.minimum(images, 1) - 1
         q_pos, _ = at.block(tl.arange(0, BQ) + zero, 0, first, n, TILE)
-        q_d = (q_pos[0] - lo[0] - WINDOW[0][0] + 1)[None, :]
-        q_h = (q_pos[1] - lo[1] - WINDOW[1][0] + 1)[None, :]
-        q_w = (q_pos[2] - lo[2] - WINDOW[2][0] + 1)[None, :]
+        q_d = (q_pos[0] - lo[0] - WINDOW[0] + 1)[None, :]
+        q_h = (q_pos[1] - lo[1] - WINDOW[4] + 1)[None, :]
+        q_w = (q_pos[2] - lo[2] - WINDOW[8] + 1)[None, :]
         q_slot = ((q_d * BOX[1] + q_h) - row) * BOX[4] + q_w - col
         b_drpb = tl.trans(b_drpb)  # (BK, BQ)
         for i_entry in range((TABLE + ENTRIES - 1) // ENTRIES):
@@ -242,7 +242,7 @@ def key_kernel(
     GROUP: tl.constexpr,  # query heads per key head
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    WINDOW: tl.constexpr,  # per axis: kernel_size, stride, is_causal, whether every query sees its whole group
+    WINDOW: tl.constexpr,  # kernel_size, stride, is_causal, and whether every query sees its whole group, axis by axis
     TILE: tl.constexpr,  # a tile of keys, as BOX
     BOX: tl.constexpr,  # the box of queries that see one of them: positions.block
     BQ: tl.constexpr,  # the sizes of blocks: powers of two
@@ -270,7 +270,7 @@ def key_kernel(
     k_pos, m_k = at.block(tl.arange(0, BK), 0, first, n, TILE)
     k_index = at.tokens(k_pos, dilation, group, WIDE)
     lo = at.first_queries(first, WINDOW)
-    TABLE: tl.constexpr = (2 * WINDOW[0][0] - 1) * (2 * WINDOW[1][0] - 1) * (2 * WINDOW[2][0] - 1)
+    TABLE: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[4] - 1) * (2 * WINDOW[8] - 1)
     HOISTED: tl.constexpr = BLOCKS == 1 and GROUP == 1
     if HOISTED:
         q_index, b_bias = at.query_block(

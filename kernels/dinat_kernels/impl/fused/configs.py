@@ -59,7 +59,7 @@ def user_configs() -> dict[str, Config]:
 _SHIPPED = {
     "forward": (
         ("", 16, True, 64, 64, Config(64, 64, 4, 2)),
-        ("sm_10", 16, False, 64, 128, Config(16, 256, 4, 1)),
+        ("sm_10", 16, False, 32, 128, Config(16, 256, 4, 1)),
         ("", 16, False, 64, 128, Config(16, 256, 4, 2)),
         ("", 16, False, 64, math.inf, Config(32, 64, 2, 2)),
         ("", 16, False, 128, math.inf, Config(32, 32, 2, 2)),
@@ -76,6 +76,7 @@ _SHIPPED = {
         ("", 16, False, 64, math.inf, Config(32, 64, 4, 2)),
         ("", 16, False, 128, math.inf, Config(16, 32, 2, 1)),
         ("", 32, False, 64, math.inf, Config(32, 32, 4, 1)),
+        ("gfx", 32, False, 128, math.inf, Config(16, 32, 2, 1)),
         ("", 32, False, 128, math.inf, Config(32, 32, 8, 1)),
     ),
     "key": (
@@ -88,6 +89,7 @@ _SHIPPED = {
         ("", 16, False, 64, math.inf, Config(32, 64, 4, 1)),
         ("", 16, False, 128, math.inf, Config(32, 32, 4, 2)),
         ("", 32, False, 64, math.inf, Config(32, 32, 4, 1)),
+        ("gfx", 32, False, 128, math.inf, Config(16, 32, 4, 1)),
         ("", 32, False, 128, math.inf, Config(16, 32, 8, 1)),
     ),
 }

@@ -48,7 +48,7 @@ def forward_kernel(
     GROUP: tl.constexpr,  # query heads per key head
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    WINDOW: tl.constexpr,  # per axis: kernel_size, stride, is_causal, whether every query sees its whole group
+    WINDOW: tl.constexpr,  # kernel_size, stride, is_causal, and whether every query sees its whole group, axis by axis
     TILE: tl.constexpr,  # a tile of queries, as BOX
     BOX: tl.constexpr,  # the box of keys that hold all its windows: positions.block
     BQ: tl.constexpr,  # the sizes of blocks: powers of two
@@ -77,7 +77,7 @@ def forward_kernel(
     q_pos, m_q = at.block(tl.arange(0, BQ), 0, first, n, TILE)
     q_index = at.tokens(q_pos, dilation, group, WIDE)
     lo = at.first_keys(first, n, WINDOW)
-    p_rpb += i_head * ((2 * WINDOW[0][0] - 1) * (2 * WINDOW[1][0] - 1) * (2 * WINDOW[2][0] - 1))
+    p_rpb += i_head * ((2 * WINDOW[0] - 1) * (2 * WINDOW[4] - 1) * (2 * WINDOW[8] - 1))
     m_any = tl.full([BQ], True, tl.int1)  # slots without a query of their own compute another one's again
     if BLOCKS == 1:
         k_index, b_bias = at.key_block(

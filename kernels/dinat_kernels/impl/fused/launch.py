@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
@@ -159,7 +160,7 @@ def make_plan(
         GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
-        WINDOW=tuple(zip(size, stride, causal, full, strict=True)),
+        WINDOW=tuple(itertools.chain(*zip(size, stride, causal, full, strict=True))),
         TILE=(*tile, tile[0] * tile[1], tile[2], 1),
         BOX=(*box, rows, columns, blocks),
         BQ=block if kernel == "key" else slots,

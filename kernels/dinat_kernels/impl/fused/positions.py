@@ -112,11 +112,15 @@ def signed(b, SIGN: tl.constexpr):
 
 
 @triton.jit
-def window(o, n, W: tl.constexpr):
-    """`geometry.visible_range` of the query positions `o` in a group of n tokens; W as in `seen`."""
-    k: tl.constexpr = W[0]
-    s: tl.constexpr = W[1]
-    if W[2]:
+def window(o, n, WINDOW: tl.constexpr, A: tl.constexpr):
+    """`geometry.visible_range` on axis A of the query positions `o` in a group of n tokens.
+
+    WINDOW: kernel_size, stride, is_causal, and whether every query sees its whole group, axis by axis.  (Triton 3.6
+    takes no tuple out of a tuple.)
+    """
+    k: tl.constexpr = WINDOW[4 * A]
+    s: tl.constexpr = WINDOW[4 * A + 1]
+    if WINDOW[4 * A + 2]:
         start = tl.maximum(tl.minimum(o // s * s + s - 1, n - 1) - k + 1, 0)
         end = o + 1
     else:
@@ -126,38 +130,32 @@ def window(o, n, W: tl.constexpr):
 
 
 @triton.jit
-def seen(m, q, k, n, W: tl.constexpr):
-    """Those of the pairs `m` whose keys at positions `k` are in the windows of the queries at `q`, on one axis.
-
-    W: kernel_size, stride, is_causal of the axis, and whether every query sees its whole group.
-    """
-    if not W[3]:
-        start, end = window(q, n, W)
-        m = m & (k >= start) & (k < end)
+def seen(m, q, k, n, WINDOW: tl.constexpr, A: tl.constexpr):
+    """Those of the pairs `m` whose keys at positions `k` are in the windows of the queries at `q`, on axis A."""
+    if not WINDOW[4 * A + 3]:
+        start, end = window(q[A], n[A], WINDOW, A)
+        m = m & (k[A] >= start) & (k[A] < end)
     return m
 
 
 @triton.jit
-def _first_key(o, n, W: tl.constexpr):
-    start, _ = window(o, n, W)
+def _first_key(o, n, WINDOW: tl.constexpr, A: tl.constexpr):
+    start, _ = window(o[A], n[A], WINDOW, A)
     return start
 
 
 @triton.jit
 def first_keys(first, n, WINDOW: tl.constexpr):
     """Where the box of keys of a tile of queries begins: at the window of the first one, aligned or not."""
-    return (
-        _first_key(first[0], n[0], WINDOW[0]),
-        _first_key(first[1], n[1], WINDOW[1]),
-        _first_key(first[2], n[2], WINDOW[2]),
-    )
+    return _first_key(first, n, WINDOW, 0), _first_key(first, n, WINDOW, 1), _first_key(first, n, WINDOW, 2)
 
 
 @triton.jit
-def _first_query(o, W: tl.constexpr):
-    k: tl.constexpr = W[0]
-    s: tl.constexpr = W[1]
-    if not W[2]:
+def _first_query(first, WINDOW: tl.constexpr, A: tl.constexpr):
+    k: tl.constexpr = WINDOW[4 * A]
+    s: tl.constexpr = WINDOW[4 * A + 1]
+    o = first[A]
+    if not WINDOW[4 * A + 2]:
         o = tl.where(o < k, 0, (tl.maximum(o - k + 1, 0) + k // 2 - s // 2 + s - 1) // s * s)
     return o
 
@@ -165,7 +163,7 @@ def _first_query(o, W: tl.constexpr):
 @triton.jit
 def first_queries(first, WINDOW: tl.constexpr):
     """Where the box of queries of a tile of keys begins: the start of `geometry.seeing_range`."""
-    return _first_query(first[0], WINDOW[0]), _first_query(first[1], WINDOW[1]), _first_query(first[2], WINDOW[2])
+    return _first_query(first, WINDOW, 0), _first_query(first, WINDOW, 1), _first_query(first, WINDOW, 2)
 
 
 @triton.jit
@@ -177,13 +175,13 @@ def bias(p_rpb, q, k, m, n, scale, WINDOW: tl.constexpr, HAS_RPB: tl.constexpr):
         q, k: positions of queries and keys, one of them (., 1), the other (1, .).
         m: which pairs exist; a block of all pairs.
     """
-    m = seen(seen(seen(m, q[0], k[0], n[0], WINDOW[0]), q[1], k[1], n[1], WINDOW[1]), q[2], k[2], n[2], WINDOW[2])
+    m = seen(seen(seen(m, q, k, n, WINDOW, 0), q, k, n, WINDOW, 1), q, k, n, WINDOW, 2)
     if HAS_RPB:
         # The entry of a pair is that of the key minus that of the query: the offset `kernel_size - 1` of all axes is
         # the centre of the table.
-        table_h: tl.constexpr = 2 * WINDOW[1][0] - 1
-        table_w: tl.constexpr = 2 * WINDOW[2][0] - 1
-        centre: tl.constexpr = ((2 * WINDOW[0][0] - 1) * table_h * table_w) // 2
+        table_h: tl.constexpr = 2 * WINDOW[4] - 1
+        table_w: tl.constexpr = 2 * WINDOW[8] - 1
+        centre: tl.constexpr = ((2 * WINDOW[0] - 1) * table_h * table_w) // 2
         o_k = (k[0] * table_h + k[1]) * table_w + k[2]
         o_q = (q[0] * table_h + q[1]) * table_w + q[2]
         b = tl.load(p_rpb + centre + (o_k - o_q), mask=m, other=float("-inf")).to(tl.float32) * (1 / scale)
