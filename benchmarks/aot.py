@@ -6,10 +6,13 @@
 Checks: no spills, shared memory within the architecture's limit, tensor-core instructions for 16-bit inputs.  Needs
 `triton` 3.6 or newer and PyTorch, and `kernels/` on PYTHONPATH or dinat installed.
 
-Columns: instruction counts are per warp; `block_*` inside the loop over key blocks (or the whole kernel where one block
-is all), `other` outside it.  `issue_us` is a paper estimate for batch 128: warp instructions over issue slots, if every
-scheduler issued one in every cycle; `exp2_us` the same for the units of exponentials; `floor_us` as in problems.py.
-`paper_ratio` = floor / max(issue, exp2, floor).  It ranks variants; it is no measurement.
+Columns: `kernel` is forward, or of the backward pass query (with the gradients of keys, values and bias where it can),
+rpb (the gradient of the bias where it cannot) or key.  A program does the same tile of `images` images.  Instruction
+counts are per warp; `block_*` inside the loop with the products (over key blocks or images; the whole kernel where
+there is none), `other` outside it, each instruction once.  `issue_us` is a paper estimate for batch 128: warp
+instructions over issue slots, if every scheduler issued one in every cycle; `exp2_us` the same for the units of
+exponentials; `floor_us` as in problems.py.  `paper_ratio` = floor / max(issue, exp2, floor).  It ranks variants; it is
+no measurement.
 """
 
 from __future__ import annotations

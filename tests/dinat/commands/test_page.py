@@ -59,6 +59,7 @@ def general(output: str, workplace: Path) -> str:
     output = output.replace(str(workplace / "torch"), "~/.cache/torch/hub")
     output = re.sub(r"\b(?!0{64})[0-9a-f]{40,64}\b", "…", output)
     output = re.sub(r"within \S+ of", "within … of", output)
+    output = re.sub(r"\S+ MB, largest difference \S+", "… MB, largest difference …", output)
     output = re.sub(r"\[Errno \d+\]", "[Errno …]", output)
     return "\n".join(line.rstrip() for line in output.splitlines())
 
