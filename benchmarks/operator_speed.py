@@ -1,43 +1,48 @@
-"""Time the operator and its peers on a GPU; append rows to benchmarks/results/operator.csv.
+"""Time the operator on the layers of published models, and its peers in turn; append rows to results/operator.csv.
 
     PYTHONPATH=.:kernels python benchmarks/operator_speed.py --models dinat_tiny --batch 128
+    PYTHONPATH=.:kernels python benchmarks/operator_speed.py --device cpu --models dinat_tiny maps --batch 1 8
 
-Peers run in the same process on the same tensors: FlexAttention (compiled; same mask and bias), dense scaled
-dot-product attention with the bias as its mask, a gather of every query's keys, and NATTEN where it is installed
-(without bias, which it does not have).  A peer that cannot run a problem leaves a line on the screen and no row.
+Peers, in the same process: dense scaled dot-product attention ("dense_sdpa": every token sees every token; "+rpb":
+with bias and mask as one additive tensor, so it computes what the operator does), a gather of every query's keys,
+NATTEN where it is installed (without bias, which it does not have), and FlexAttention (compiled; same mask and bias;
+not by default on the CPU).  A peer that cannot run a problem leaves a line on the screen and no row.
 
-Times are medians with 20th and 80th percentiles, in microseconds, of a forward pass ("forward") or of a forward and
-backward pass with the gradients of q, k, v and the bias ("training"), with the L2 cache cleared before each.
-`floor_ratio` is the floor of problems.py over the median.
+What is timed: the call alone.  The operator and NATTEN take views of one packed projection, (batch, height, width,
+heads, dim), and return that layout; the dense peers and FlexAttention get and return theirs, contiguous (batch, heads,
+tokens, dim).  Masks and indices are made beforehand; so is the additive tensor, except in training, where the bias
+table wants a gradient.  bf16 on a GPU, float32 on the CPU.
+
+A "forward" pass is in inference mode; "training" is a forward and a backward pass with the gradients of q, k, v and the
+bias.  Times are medians with 20th and 80th percentiles, in microseconds; on a GPU the L2 cache is cleared before each.
+`ratio` is the time over that of the first kernel, ours with bias, sampled in turn: above 1, ours is faster.
+`floor_ratio` is the floor of problems.py over the median, for GPUs whose rates are known.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import torch
-import triton
 from dinat_kernels import na2d
 from dinat_kernels.geometry import make_neighborhood, visible_range
-from problems import LARGE_MAPS, MODELS, Problem, device_named, floor
+from harness import add_arguments, append, facts, interleaved, rounded
+from problems import LARGE_MAPS, MAPS, MODELS, Problem, device_named, floor
 from torch import Tensor
 from torch.nn import functional as F
 
-RESULTS = Path(__file__).parent / "results" / "operator.csv"
-# Dense masks beyond this many entries are not built.
+# Dense masks beyond this many entries are not built, nor logits, nor gathered keys.
 LARGEST_MASK = 1 << 28
+LARGEST = {"cpu": 1 << 28, "cuda": 1 << 32}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+GROUPS = MODELS | {"large_maps": LARGE_MAPS, "maps": MAPS}
 
 
 @cache
-def axis_tables(p: Problem) -> tuple[Tensor, Tensor]:
+def axis_tables(p: Problem, device: str) -> tuple[Tensor, Tensor]:
     """Start of the window in group positions (side,), and the tokens that every query sees (side, kernel_size)."""
     index = torch.arange(p.side)
     start = torch.empty_like(index)
@@ -47,7 +52,7 @@ def axis_tables(p: Problem) -> tuple[Tensor, Tensor]:
         first, _ = visible_range(torch.arange(n).numpy(), n, p.kernel_size, window.stride[0], False)
         start[group :: p.dilation] = torch.from_numpy(first)
     tokens = (start[:, None] + torch.arange(p.kernel_size)) * p.dilation + (index % p.dilation)[:, None]
-    return start.cuda(), tokens.cuda()
+    return start.to(device), tokens.to(device)
 
 
 def visible_and_entry(p: Problem, start: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +74,7 @@ def tiled(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Ca
 def flex(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Callable[[], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    start, _ = axis_tables(p)
+    start, _ = axis_tables(p, q.device.type)
     side = p.side
 
     def mask(batch, head, query, key):
@@ -82,48 +87,38 @@ def flex(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Cal
         _, column = visible_and_entry(p, start, query % side, key % side)
         return score + rpb[head, row, column]
 
-    blocks = torch.compile(create_block_mask)(mask, None, None, side**2, side**2, device="cuda")
+    blocks = torch.compile(create_block_mask)(mask, None, None, side**2, side**2, device=q.device.type)
     attend = torch.compile(flex_attention, dynamic=False)
-    score_mod = None if rpb is None else add_bias
-    return lambda: heads_last(attend(*heads_first(q, k, v), block_mask=blocks, score_mod=score_mod), side)
-
-
-def heads_first(*tensors: Tensor) -> list[Tensor]:
-    """(batch, side, side, heads, dim) to (batch, heads, tokens, dim), as attention functions of PyTorch take it."""
-    return [x.flatten(1, 2).transpose(1, 2) for x in tensors]
-
-
-def heads_last(out: Tensor, side: int) -> Tensor:
-    return out.transpose(1, 2).unflatten(1, (side, side))
+    return lambda: attend(q, k, v, block_mask=blocks, score_mod=add_bias)
 
 
 def dense(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Callable[[], Tensor]:
-    if p.side**4 * p.heads > LARGEST_MASK:
+    if rpb is None:
+        return lambda: F.scaled_dot_product_attention(q, k, v)
+    device = q.device.type
+    logits = p.side**4 * p.heads * (len(q) if rpb.requires_grad else 1)  # in training, PyTorch keeps them
+    if p.side**4 * p.heads > LARGEST_MASK or logits > LARGEST[device]:
         raise MemoryError("the dense mask is too large")
-    start, _ = axis_tables(p)
-    index = torch.arange(p.side, device="cuda")
+    start, _ = axis_tables(p, device)
+    index = torch.arange(p.side, device=device)
     visible, entry = visible_and_entry(p, start, index[:, None], index[None, :])
     mask = (visible[:, None, :, None] & visible[None, :, None, :])[None]
 
     def bias() -> Tensor:
-        bias = 0.0 if rpb is None else rpb[:, entry[:, None, :, None], entry[None, :, None, :]]
-        return torch.where(mask, bias, float("-inf")).to(q.dtype).flatten(3, 4).flatten(1, 2)[None]
+        bias = rpb[:, entry[:, None, :, None], entry[None, :, None, :]]
+        return torch.where(mask, bias, float("-inf")).flatten(3, 4).flatten(1, 2)[None]
 
-    ready = None if rpb is not None and rpb.requires_grad else bias()  # training makes it anew for its gradient
-
-    def run() -> Tensor:
-        attn_mask = bias() if ready is None else ready
-        return heads_last(F.scaled_dot_product_attention(*heads_first(q, k, v), attn_mask=attn_mask), p.side)
-
-    return run
+    ready = None if rpb.requires_grad else bias()
+    return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias() if ready is None else ready)
 
 
 def gather(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Callable[[], Tensor]:
-    if q.numel() * p.kernel_size**2 > 1 << 32:
+    device = q.device.type
+    if q.numel() * p.kernel_size**2 > LARGEST[device]:
         raise MemoryError("the gathered keys are too large")
-    _, tokens = axis_tables(p)
+    _, tokens = axis_tables(p, device)
     index = (tokens[:, None, :, None] * p.side + tokens[None, :, None, :]).flatten(0, 1).flatten(1)  # (queries, keys)
-    position = torch.arange(p.side, device="cuda") // p.dilation
+    position = torch.arange(p.side, device=device) // p.dilation
     entry = tokens // p.dilation - position[:, None] + p.kernel_size - 1  # (side, kernel_size)
 
     def run() -> Tensor:
@@ -144,84 +139,71 @@ def natten(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> C
     return lambda: natten_na2d(q, k, v, kernel_size=p.kernel_size, dilation=p.dilation)
 
 
-PEERS = dict(triton=fused, torch=tiled, flex=flex, dense_sdpa=dense, gather=gather, natten=natten)
+# name -> (function, takes and returns (batch, heads, tokens, dim), with bias and without)
+KERNELS = {
+    "triton": (fused, False, (True, False)),
+    "torch": (tiled, False, (True, False)),
+    "dense_sdpa": (dense, True, (False, True)),
+    "gather": (gather, False, (True,)),
+    "natten": (natten, False, (False,)),
+    "flex": (flex, True, (True,)),
+}
+DEFAULTS = {
+    "cpu": ["torch", "dense_sdpa", "gather", "natten"],
+    "cuda": ["triton", "torch", "dense_sdpa", "gather", "natten", "flex"],
+}
 
 
-def measure(run: Callable[[], Tensor], seconds: float) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile of the run time in seconds, after warm-up."""
-    times = triton.testing.do_bench(run, warmup=25, rep=int(1000 * seconds), quantiles=[0.5, 0.2, 0.8])
-    return tuple(t / 1000 for t in times)
-
-
-def training(run: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-    """A forward and a backward pass."""
+def build(kernel: str, with_rpb: bool, p: Problem, batch: int, mode: str, device: str) -> Callable[[], object]:
+    """What is timed: a call of `kernel`, with new inputs."""
+    torch.manual_seed(0)
+    function, transposed, _ = KERNELS[kernel]
+    options = dict(device=device, dtype=DTYPES[device])
+    inputs = list(torch.randn(batch, p.side, p.side, 3, p.heads, p.head_dim, **options).unbind(3))
+    if transposed:
+        inputs = [x.flatten(1, 2).transpose(1, 2).contiguous() for x in inputs]
+    if with_rpb:
+        inputs.append(torch.randn(p.heads, *[2 * p.kernel_size - 1] * 2, **options))
+    inputs = [x.detach().requires_grad_(mode == "training") for x in inputs]
+    run = function(p, *inputs[:3], inputs[3] if with_rpb else None)
+    if mode == "forward":
+        return torch.inference_mode()(run)
     d_out = torch.randn_like(run())
     return lambda: torch.autograd.grad(run(), inputs, d_out)
 
 
-def environment() -> dict[str, str]:
-    def output(*command: str) -> str:
-        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-        return result.stdout.strip() if result.returncode == 0 else ""
+def measure(p: Problem, batch: int, mode: str, args: argparse.Namespace) -> None:
+    """Time all kernels on one problem, in turn; append a row for each."""
+    builders = {
+        kernel + "+rpb" * with_rpb: partial(build, kernel, with_rpb, p, batch, mode, args.device)
+        for kernel in args.kernels or DEFAULTS[args.device]
+        for with_rpb in KERNELS[kernel][2]
+    }
+    print(f"{p.name}, {p.side}x{p.side}, k {p.kernel_size}, d {p.dilation}, {p.heads} heads, batch {batch}, {mode}")
+    started = facts(args.device)
+    rates = device_named(started["device"])
+    problem = p._asdict() | {"batch": batch, "dtype": str(DTYPES[args.device])[6:], "pass": mode}
+    for name, timing in interleaved(builders, args.device, args.seconds, args.rounds).items():
+        bound = rounded(floor(p, batch, rates, training=mode == "training") / timing.median) if rates else ""
+        columns = dict(kernel=name, ratio=rounded(timing.ratio), **timing.columns(1e-6), floor_ratio=bound)
+        append(args.output, started | problem | columns)
+        print(f"{columns['ratio']:9.3f}x  {columns['median']:11.1f} us  {name}", flush=True)
 
-    return dict(
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        gpu=torch.cuda.get_device_name(),
-        driver=output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        torch=torch.__version__,
-        triton=triton.__version__,
-        git=output("git", "describe", "--always", "--dirty"),
-    )
 
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=[*MODELS, "maps"], choices=[*MODELS, "maps"])
-    parser.add_argument("--batch", nargs="*", type=int, default=[1, 16, 128])
+    parser.add_argument("--models", nargs="*", default=list(GROUPS), choices=GROUPS)
+    parser.add_argument("--batch", nargs="*", type=int, default=[1, 8, 128])
     parser.add_argument("--passes", nargs="*", default=["forward", "training"], choices=["forward", "training"])
-    parser.add_argument("--kernels", nargs="*", default=list(PEERS), choices=PEERS)
-    parser.add_argument("--seconds", type=float, default=0.1, help="of measuring, per row")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("This benchmark needs a CUDA or ROCm device, and PyTorch finds none here.")
-
-    problems = [p for name in args.models for p in (LARGE_MAPS if name == "maps" else MODELS[name])]
-    facts, rates = environment(), device_named(torch.cuda.get_device_name())
-    done = set()
-    for batch in args.batch:
-        for p in problems:
-            if (batch, p[1:]) in done or (p in LARGE_MAPS and batch > 1):
-                continue  # another model has the same layer; large maps run one at a time
-            done.add((batch, p[1:]))
-            torch.manual_seed(0)
-            torch.compiler.reset()
-            shape = (batch, p.side, p.side, 3, p.heads, p.head_dim)
-            q, k, v = torch.randn(shape, device="cuda", dtype=torch.bfloat16).unbind(3)
-            table = torch.randn(p.heads, *[2 * p.kernel_size - 1] * 2, device="cuda", dtype=torch.bfloat16)
-            for kernel, mode in itertools.product(args.kernels, args.passes):
-                for rpb in (None,) if kernel == "natten" else (table,) if kernel != "triton" else (table, None):
-                    name = f"{kernel}{'' if rpb is None else '+rpb'}"
-                    inputs = [x.detach().requires_grad_(mode == "training") for x in (q, k, v, rpb) if x is not None]
-                    try:
-                        run = PEERS[kernel](p, *inputs[:3], inputs[3] if rpb is not None else None)
-                        run = training(run, inputs) if mode == "training" else run
-                        median, low, high = measure(run, args.seconds)
-                    except Exception as error:  # a peer that is missing or fails must not stop the others
-                        reason = f"{type(error).__name__}: {str(error)[:100]}"
-                        print(f"{p.name} batch {batch} {mode} {name}: {reason}", flush=True)
-                        continue
-                    ratio = round(floor(p, batch, rates, training=mode == "training") / median, 3) if rates else ""
-                    times = {key: round(1e6 * t, 1) for key, t in dict(median=median, p20=low, p80=high).items()}
-                    problem = {"problem": f"{p.name} batch {batch}", "pass": mode}
-                    row = facts | dict(kernel=name) | problem | times | dict(floor_ratio=ratio)
-                    write_header = not args.output.exists()
-                    with open(args.output, "a", newline="") as file:
-                        writer = csv.DictWriter(file, row, lineterminator="\n")
-                        if write_header:
-                            writer.writeheader()
-                        writer.writerow(row)
-                    print(*problem.values(), name, *times.values(), ratio, flush=True)
+    parser.add_argument("--kernels", nargs="*", choices=KERNELS, help="the first one is what others are compared with")
+    add_arguments(parser, "operator.csv", seconds=2.0)
+    args = parser.parse_args(arguments)
+    problems = {p[1:]: p for name in reversed(args.models) for p in reversed(GROUPS[name])}  # models share layers
+    for batch, p, mode in itertools.product(args.batch, reversed(problems.values()), args.passes):
+        if batch > 1 and p in LARGE_MAPS + MAPS:
+            continue  # they run one at a time
+        torch.compiler.reset()
+        measure(p, batch, mode, args)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ MODELS = {
     "dinat_large_384_11x11": _levels("dinat_large_384_11x11", 96, 6, 11),
 }
 LARGE_MAPS = [Problem(f"map{side}.d{d}", side, 4, 7, d) for side in (128, 512) for d in (1, side // 7)]
+# Growing maps of local attention: dense attention becomes infeasible, linear cost stays flat per token.
+MAPS = [Problem(f"map{side}.d1", side, 2, 7, 1) for side in (14, 28, 56, 112, 224)]
 
 
 class Device(NamedTuple):
