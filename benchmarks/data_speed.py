@@ -69,9 +69,9 @@ def write_shards(root: Path, files: list[bytes]) -> dict:
 
 def build(settings: dict, split: str, workers: int) -> Callable[[], object]:
     """What is timed: an epoch."""
-    data = OmegaConf.load(ROOT / "configs" / "data" / "default.yaml") | settings
+    data = OmegaConf.merge(OmegaConf.load(ROOT / "configs" / "data" / "default.yaml"), settings)
     source = open_split(data, split, batch_size=BATCH)
-    preprocessing, size = resolve_data_config({}), (3, 224, 224)
+    preprocessing, size = resolve_data_config(dict(img_size=224)), (3, 224, 224)
     common = dict(batch_size=BATCH, rank=0, ranks=1, workers=workers, pin_memory=False)
     if split == "validation":
         loader = eval_loader(source, eval_transform(preprocessing), size, **common)

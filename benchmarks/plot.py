@@ -1,0 +1,182 @@
+"""Draw docs/images/*.png from the rows of benchmarks/results/ alone: the last one of each kind, of one machine.
+
+    PYTHONPATH=.:kernels python benchmarks/plot.py                          # the machine of the last row
+    PYTHONPATH=.:kernels python benchmarks/plot.py --device "NVIDIA H100"   # or another: any part of its name
+
+scale.png: time per token against the size of the map, of the operator and of a whole model.
+layers.png: speed-up of the operator over its peers, for each layer of DiNAT-Tiny.
+throughput.png: measured throughput against the accuracy that each model's authors published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from harness import RESULTS, ROOT, read
+from matplotlib.figure import Figure
+from problems import MODELS, Problem
+
+# ImageNet-1k top-1 in percent, 224 px, as published: Swin (arXiv 2103.14030), ConvNeXt (2201.03545), DeiT (2012.12877),
+# MaxViT (2204.01697), Hiera (2306.00989, after pre-training as a masked autoencoder).
+PEER_ACCURACY = {
+    "swin_tiny_patch4_window7_224": 81.3,
+    "convnext_tiny": 82.1,
+    "deit_small_patch16_224": 79.8,
+    "maxvit_tiny_tf_224": 83.6,
+    "hiera_tiny_224": 82.8,
+}
+PEERS = {  # kernel -> label, color
+    "dense_sdpa": ("dense attention, no bias or mask", "#e69f00"),
+    "dense_sdpa+rpb": ("dense attention, same bias and mask", "#d55e00"),
+    "gather+rpb": ("gather", "#999999"),
+    "natten": ("NATTEN, no bias", "#009e73"),
+    "flex+rpb": ("FlexAttention, same bias and mask", "#cc79a7"),
+}
+OURS = ("torch+rpb", "triton+rpb")
+BLUE = "#0072b2"
+Row = dict[str, str]
+
+
+def last(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], Row]:
+    """The last row for each combination of values in `columns`."""
+    return {tuple(row[column] for column in columns): row for row in rows}
+
+
+def machine(row: Row) -> str:
+    """Where a row was measured, for a title."""
+    threads = "" if row["driver"] else f", {row['threads']} threads"
+    return f"{row['device']}{threads}, {row['dtype']}, PyTorch {row['torch'].split('+')[0]}, {row['date'][:10]}"
+
+
+def is_problem(row: Row, p: Problem) -> bool:
+    return all(row[key] == str(value) for key, value in p._asdict().items() if key != "name")
+
+
+def draw_scale(operator: list[Row], scale: list[Row]) -> Figure:
+    """Time per token of local attention and its peers; time and memory per token of a whole model."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    local = dict(heads="2", kernel_size="7", dilation="1", batch="1") | {"pass": "forward"}
+    found = last((row for row in operator if row.items() >= local.items()), "kernel", "side")
+    ours = {kernel: (f"ours ({kernel.split('+')[0]})", BLUE) for kernel in OURS}
+    for kernel, (label, color) in (ours | PEERS).items():
+        points = sorted((int(side), float(row["median"])) for (name, side), row in found.items() if name == kernel)
+        if points:
+            per_token = [1e3 * time / side**2 for side, time in points]
+            axes[0].plot(
+                [side for side, _ in points],
+                per_token,
+                "o-",
+                color=color,
+                label=label,
+                zorder=3 if kernel in OURS else 2,
+            )
+    sides = sorted({int(side) for _, side in found})
+    axes[0].set(xscale="log", yscale="log", xlabel="tokens per side of the map", ylabel="ns per token")
+    axes[0].set_xticks(sides, sides)
+    axes[0].minorticks_off()
+    axes[0].set_title("attention, 7 x 7 window, 2 heads, forward", fontsize=10)
+    axes[0].legend(fontsize=7)
+
+    points = sorted(last(scale, "model", "pixels").values(), key=lambda row: int(row["pixels"]))
+    pixels = [int(row["pixels"]) for row in points]
+    for axis, column, unit, what in ((axes[1], "ns_per_token", 1e-3, "µs"), (axes[2], "bytes_per_token", 1e-3, "kB")):
+        axis.plot(pixels, [unit * float(row[column]) for row in points], "o-", color=BLUE)
+        axis.set(
+            xscale="log", ylim=(0, None), xlabel="pixels per side of the image", ylabel=f"{what} per token (4 x 4 px)"
+        )
+        axis.set_xticks(pixels, pixels)
+        axis.minorticks_off()
+        name = points[0]["model"] if points else ""
+        axis.set_title(f"{name}, inference, {'time' if what == 'µs' else 'peak memory'}", fontsize=10)
+    for axis in axes:
+        axis.tick_params(axis="x", labelsize=8)
+        axis.grid(alpha=0.3)
+    figure.suptitle(machine((operator or scale)[-1]), fontsize=10)
+    return figure
+
+
+def draw_layers(operator: list[Row]) -> Figure:
+    """Bars: how many times as long peers take, per layer; rows of axes are batch sizes."""
+    problems = MODELS["dinat_tiny"]
+    rows = [row for row in operator if any(is_problem(row, p) for p in problems)]
+    found = last(rows, "kernel", "side", "dilation", "batch", "pass")
+    batches = sorted({int(row["batch"]) for row in rows})
+    passes = {"forward": "forward", "training": "forward and backward"}
+    size = (12, 2.9 * max(len(batches), 1) + 0.8)
+    figure, grid = plt.subplots(
+        max(len(batches), 1), 2, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
+    kernels = [kernel for kernel in PEERS if any(key[0] == kernel for key in found)]
+    for axes, batch in zip(grid, batches, strict=False):
+        for axis, (mode, label) in zip(axes, passes.items(), strict=True):
+            for i, kernel in enumerate(kernels):
+                keys = [(kernel, str(p.side), str(p.dilation), str(batch), mode) for p in problems]
+                ratios = [float(found[key]["ratio"]) if key in found else float("nan") for key in keys]
+                places = [x + 0.8 * (i - (len(kernels) - 1) / 2) / len(kernels) for x in range(len(problems))]
+                bars = axis.bar(
+                    places, [ratio - 1 for ratio in ratios], 0.76 / len(kernels), bottom=1, color=PEERS[kernel][1],
+                    label=PEERS[kernel][0],
+                )  # fmt: skip
+                labels = [f"{ratio:.2g}" if ratio == ratio else "" for ratio in ratios]
+                axis.bar_label(bars, labels, fontsize=6, padding=1)
+            axis.axhline(1, color="black", linewidth=1)
+            axis.set_yscale("log")
+            axis.set_xticks(range(len(problems)), [f"{p.side} x {p.side}\nd = {p.dilation}" for p in problems])
+            axis.set_title(f"batch {batch}, {label}", fontsize=10)
+            axis.grid(axis="y", alpha=0.3)
+        axes[0].set_ylabel("time of the peer / ours")
+    if rows:
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+        figure.suptitle(XX)
+    return figure
+
+
+def draw_throughput(models: list[Row]) -> Figure:
+    """Images per second of a whole model against its published accuracy."""
+    published = json.loads(gzip.decompress((ROOT / "tests" / "golden" / "published.json.gz").read_bytes()))["models"]
+    accuracy = PEER_ACCURACY | {name: model["published"]["imagenet1k_top1"] for name, model in published.items()}
+    batch = max((int(row["batch"]) for row in models), default=1)
+    wanted = dict(batch=str(batch), mode="eager", pixels="224") | {"pass": "inference"}
+    found = last((row for row in models if row.items() >= wanted.items()), "model")
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for (name,), row in found.items():
+        if name in accuracy:
+            point = float(row["images_per_s"]), accuracy[name]
+            color = BLUE if name in published else PEERS["gather+rpb"][1]
+            axis.plot(*point, "o", color=color, markersize=3 * float(row["gmacs"]) ** 0.5)
+            axis.annotate(name, point, xytext=(8, 3), textcoords="offset points", fontsize=8, color=color)
+    axis.margins(x=0.25, y=0.12)
+    axis.set(xlabel=f"images/s, measured (inference, eager, batch {batch}, 224 px)")
+    axis.set_ylabel("ImageNet-1k top-1 in %, as published by the authors")
+    axis.grid(alpha=0.3)
+    title = machine(next(reversed(found.values()))) if found else "no measurements"
+    axis.set_title(f"{title}\narea of the dots: GMACs", fontsize=10)
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images")
+    parser.add_argument("--device", help="part of its name; default: that of the last row of operator.csv")
+    args = parser.parse_args(arguments)
+    tables = {name: read(args.results / f"{name}.csv") for name in ("operator", "models", "scale")}
+    device = args.device or tables["operator"][-1]["device"]
+    operator, models, scale = ([row for row in rows if device in row["device"]] for rows in tables.values())
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, figure in {
+        "scale": draw_scale(operator, scale),
+        "layers": draw_layers(operator),
+        "throughput": draw_throughput(models),
+    }.items():
+        figure.savefig(args.output / f"{name}.png", dpi=110, metadata={"Software": None})  # the same bytes every time
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
