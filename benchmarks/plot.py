@@ -3,6 +3,8 @@
     PYTHONPATH=.:kernels python benchmarks/plot.py                          # the machine of the last row
     PYTHONPATH=.:kernels python benchmarks/plot.py --device "NVIDIA H100"   # or another: any part of its name
 
+The pictures carry a digest of these rows.
+
 scale.png: time per token against the size of the map, of the operator and of a whole model.
 layers.png: speed-up of the operator over its peers, for each layer of DiNAT-Tiny.
 throughput.png: measured throughput against the accuracy that each model's authors published.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -68,14 +71,8 @@ def draw_scale(operator: list[Row], scale: list[Row]) -> Figure:
         points = sorted((int(side), float(row["median"])) for (name, side), row in found.items() if name == kernel)
         if points:
             per_token = [1e3 * time / side**2 for side, time in points]
-            axes[0].plot(
-                [side for side, _ in points],
-                per_token,
-                "o-",
-                color=color,
-                label=label,
-                zorder=3 if kernel in OURS else 2,
-            )
+            style = dict(color=color, label=label, zorder=3 if kernel in OURS else 2)
+            axes[0].plot([side for side, _ in points], per_token, "o-", **style)
     sides = sorted({int(side) for _, side in found})
     axes[0].set(xscale="log", yscale="log", xlabel="tokens per side of the map", ylabel="ns per token")
     axes[0].set_xticks(sides, sides)
@@ -177,13 +174,14 @@ def main(arguments: list[str] | None = None) -> None:
     tables = {name: read(args.results / f"{name}.csv") for name in ("operator", "models", "scale")}
     device = args.device or tables["operator"][-1]["device"]
     operator, models, scale = ([row for row in rows if device in row["device"]] for rows in tables.values())
+    digest = hashlib.sha256(repr((operator, models, scale)).encode()).hexdigest()
     args.output.mkdir(parents=True, exist_ok=True)
     for name, figure in {
         "scale": draw_scale(operator, scale),
         "layers": draw_layers(operator),
         "throughput": draw_throughput(models),
     }.items():
-        figure.savefig(args.output / f"{name}.png", dpi=110, metadata={"Software": None})  # the same bytes every time
+        figure.savefig(args.output / f"{name}.png", dpi=110, metadata={"Software": None, "Source": digest})
         plt.close(figure)
 
 
