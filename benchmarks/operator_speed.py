@@ -149,8 +149,8 @@ KERNELS = {
     "flex": (flex, True, (True,)),
 }
 DEFAULTS = {
-    "cpu": ["torch", "dense_sdpa", "gather", "natten"],
-    "cuda": ["triton", "torch", "dense_sdpa", "gather", "natten", "flex"],
+    "cpu": dict(models=["dinat_tiny", "maps"], batch=[1, 8], kernels=["torch", "dense_sdpa", "gather", "natten"]),
+    "cuda": dict(models=list(GROUPS), batch=[1, 16, 128], kernels=list(KERNELS)),
 }
 
 
@@ -176,28 +176,33 @@ def measure(p: Problem, batch: int, mode: str, args: argparse.Namespace) -> None
     """Time all kernels on one problem, in turn; append a row for each."""
     builders = {
         kernel + "+rpb" * with_rpb: partial(build, kernel, with_rpb, p, batch, mode, args.device)
-        for kernel in args.kernels or DEFAULTS[args.device]
+        for kernel in args.kernels
         for with_rpb in KERNELS[kernel][2]
     }
     print(f"{p.name}, {p.side}x{p.side}, k {p.kernel_size}, d {p.dilation}, {p.heads} heads, batch {batch}, {mode}")
     started = facts(args.device)
     rates = device_named(started["device"])
     problem = p._asdict() | {"batch": batch, "dtype": str(DTYPES[args.device])[6:], "pass": mode}
-    for name, timing in interleaved(builders, args.device, args.seconds, args.rounds).items():
+    timings = interleaved(builders, args.device, args.seconds, args.rounds)
+    compared = next(iter(builders)) in timings
+    for name, timing in timings.items():
         bound = rounded(floor(p, batch, rates, training=mode == "training") / timing.median) if rates else ""
-        columns = dict(kernel=name, ratio=rounded(timing.ratio), **timing.columns(1e-6), floor_ratio=bound)
+        ratio = rounded(timing.ratio) if compared else ""
+        columns = dict(kernel=name, ratio=ratio, **timing.columns(1e-6), floor_ratio=bound)
         append(args.output, started | problem | columns)
-        print(f"{columns['ratio']:9.3f}x  {columns['median']:11.1f} us  {name}", flush=True)
+        print(f"{ratio:>9}x  {columns['median']:11.1f} us  {name}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(GROUPS), choices=GROUPS)
-    parser.add_argument("--batch", nargs="*", type=int, default=[1, 8, 128])
+    parser.add_argument("--models", nargs="*", choices=GROUPS, help="whose layers; or growing maps")
+    parser.add_argument("--batch", nargs="*", type=int)
     parser.add_argument("--passes", nargs="*", default=["forward", "training"], choices=["forward", "training"])
     parser.add_argument("--kernels", nargs="*", choices=KERNELS, help="the first one is what others are compared with")
     add_arguments(parser, "operator.csv", seconds=2.0)
     args = parser.parse_args(arguments)
+    for name, value in DEFAULTS[args.device].items():
+        setattr(args, name, getattr(args, name) or value)
     problems = {p[1:]: p for name in reversed(args.models) for p in reversed(GROUPS[name])}  # models share layers
     for batch, p, mode in itertools.product(args.batch, reversed(problems.values()), args.passes):
         if batch > 1 and p in LARGE_MAPS + MAPS:

@@ -114,7 +114,7 @@ def draw_layers(operator: list[Row]) -> Figure:
         for axis, (mode, label) in zip(axes, passes.items(), strict=True):
             for i, kernel in enumerate(kernels):
                 keys = [(kernel, str(p.side), str(p.dilation), str(batch), mode) for p in problems]
-                ratios = [float(found[key]["ratio"]) if key in found else float("nan") for key in keys]
+                ratios = [float(found[key]["ratio"] or "nan") if key in found else float("nan") for key in keys]
                 places = [x + 0.8 * (i - (len(kernels) - 1) / 2) / len(kernels) for x in range(len(problems))]
                 bars = axis.bar(
                     places, [ratio - 1 for ratio in ratios], 0.76 / len(kernels), bottom=1, color=PEERS[kernel][1],

@@ -34,13 +34,13 @@ def problem():
 
 
 def test_operator(problem, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("operator_speed"), "GROUPS", {"small": [problem]})
+    monkeypatch.setitem(importlib.import_module("operator_speed").GROUPS, "small", [problem])
     path = tmp_path / "operator.csv"
-    run("operator_speed", *QUICK, "--batch", 2, "--output", path)
+    run("operator_speed", *QUICK, "--models", "small", "--batch", 2, "--output", path)
     rows = read(path)
     kernels = {"torch+rpb", "torch", "dense_sdpa", "dense_sdpa+rpb", "gather+rpb"}
     assert {(row["pass"], row["kernel"]) for row in rows} >= {(p, k) for p in ("forward", "training") for k in kernels}
-    run("operator_speed", *QUICK, "--batch", 1, "--passes", "forward", "--kernels", "torch", "--output", path)
+    run("operator_speed", *QUICK, "--models", "small", "--batch", 1, "--kernels", "torch", "--output", path)
     assert read(path)[: len(rows)] == rows  # files only grow
 
 
@@ -84,9 +84,7 @@ def test_other_columns_are_refused(tmp_path):
 def test_compare(capsys):
     if subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode:
         pytest.skip("not a git checkout")
-    run(
-        "compare", "HEAD", "--device", "cpu", "--layers", "--models", "dinat_pico", "--passes", "forward", "--rounds", 2
-    )
+    run("compare", "HEAD", *QUICK[:2], "--layers", "--models", "dinat_pico", "--passes", "forward", "--rounds", 2)
     assert "dinat_pico batch 1 forward" in capsys.readouterr().out
 
 
