@@ -21,8 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
-from harness import ROOT, warmed
+from harness import ROOT, add_device, warmed
 from problems import MODELS
 
 
@@ -95,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="*", type=int, default=[1])
     parser.add_argument("--passes", nargs="*", default=["forward", "training"], choices=["forward", "training"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    add_device(parser)
     args = parser.parse_args(arguments)
     names = [p.name for model in args.layers for p in MODELS[model]] + args.models
     with ExitStack() as stack:

@@ -39,9 +39,12 @@ class Timing(NamedTuple):
         return {name: rounded(getattr(self, name) / unit) for name in ("median", "p20", "p80")}
 
 
-def add_arguments(parser: argparse.ArgumentParser, output: str, seconds: float) -> None:
-    """The options of every benchmark that measures; `output` names the file in results/."""
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+
+
+def add_arguments(parser: argparse.ArgumentParser, output: str, seconds: float) -> None:
+    """How long to measure, and where rows go; `output` names the file in results/."""
     parser.add_argument("--seconds", type=float, default=seconds, help="of sampling, for all that takes turns")
     parser.add_argument("--rounds", type=int, default=5, help="turns, at least")
     parser.add_argument("--output", type=Path, default=RESULTS / output)

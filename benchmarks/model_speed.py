@@ -25,7 +25,7 @@ from functools import cache, partial
 
 import timm
 import torch
-from harness import add_arguments, append, facts, interleaved, peak_memory, rounded
+from harness import add_arguments, add_device, append, facts, interleaved, peak_memory, rounded
 from timm.layers import set_fused_attn, use_fused_attn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -137,6 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="*", type=int, help="pixels per side")
     parser.add_argument("--scale", action="store_true", help="one model (nat_mini), all sizes")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure it")
+    add_device(parser)
     add_arguments(parser, "models.csv", seconds=20.0)
     args = parser.parse_args(arguments)
     if args.scale:

@@ -29,7 +29,7 @@ from functools import cache, partial
 import torch
 from dinat_kernels import na2d
 from dinat_kernels.geometry import make_neighborhood, visible_range
-from harness import add_arguments, append, facts, interleaved, rounded
+from harness import add_arguments, add_device, append, facts, interleaved, rounded
 from problems import LARGE_MAPS, MAPS, MODELS, Problem, device_named, floor
 from torch import Tensor
 from torch.nn import functional as F
@@ -199,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", nargs="*", type=int)
     parser.add_argument("--passes", nargs="*", default=["forward", "training"], choices=["forward", "training"])
     parser.add_argument("--kernels", nargs="*", choices=KERNELS, help="the first one is what others are compared with")
+    add_device(parser)
     add_arguments(parser, "operator.csv", seconds=2.0)
     args = parser.parse_args(arguments)
     for name, value in DEFAULTS[args.device].items():

@@ -41,8 +41,8 @@ PEERS = {  # kernel -> label, color
     "natten": ("NATTEN, no bias", "#009e73"),
     "flex+rpb": ("FlexAttention, same bias and mask", "#cc79a7"),
 }
-OURS = ("torch+rpb", "triton+rpb")
 BLUE = "#0072b2"
+OURS = {"triton+rpb": ("ours (triton)", BLUE), "torch+rpb": ("ours (torch)", "#56b4e9")}
 Row = dict[str, str]
 
 
@@ -66,8 +66,7 @@ def draw_scale(operator: list[Row], scale: list[Row]) -> Figure:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     local = dict(heads="2", kernel_size="7", dilation="1", batch="1") | {"pass": "forward"}
     found = last((row for row in operator if row.items() >= local.items()), "kernel", "side")
-    ours = {kernel: (f"ours ({kernel.split('+')[0]})", BLUE) for kernel in OURS}
-    for kernel, (label, color) in (ours | PEERS).items():
+    for kernel, (label, color) in (OURS | PEERS).items():
         points = sorted((int(side), float(row["median"])) for (name, side), row in found.items() if name == kernel)
         if points:
             per_token = [1e3 * time / side**2 for side, time in points]
@@ -89,12 +88,11 @@ def draw_scale(operator: list[Row], scale: list[Row]) -> Figure:
         )
         axis.set_xticks(pixels, pixels)
         axis.minorticks_off()
-        name = points[0]["model"] if points else ""
-        axis.set_title(f"{name}, inference, {'time' if what == 'µs' else 'peak memory'}", fontsize=10)
+        axis.set_title(f"{points[0]['model']}, inference, {'time' if what == 'µs' else 'peak memory'}", fontsize=10)
     for axis in axes:
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(alpha=0.3)
-    figure.suptitle(machine((operator or scale)[-1]), fontsize=10)
+    figure.suptitle(machine(operator[-1]), fontsize=10)
     return figure
 
 
@@ -105,12 +103,12 @@ def draw_layers(operator: list[Row]) -> Figure:
     found = last(rows, "kernel", "side", "dilation", "batch", "pass")
     batches = sorted({int(row["batch"]) for row in rows})
     passes = {"forward": "forward", "training": "forward and backward"}
-    size = (12, 2.9 * max(len(batches), 1) + 0.8)
+    size = (12, 2.9 * len(batches) + 0.8)
     figure, grid = plt.subplots(
-        max(len(batches), 1), 2, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
+        len(batches), 2, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
     )
     kernels = [kernel for kernel in PEERS if any(key[0] == kernel for key in found)]
-    for axes, batch in zip(grid, batches, strict=False):
+    for axes, batch in zip(grid, batches, strict=True):
         for axis, (mode, label) in zip(axes, passes.items(), strict=True):
             for i, kernel in enumerate(kernels):
                 keys = [(kernel, str(p.side), str(p.dilation), str(batch), mode) for p in problems]
@@ -130,11 +128,8 @@ def draw_layers(operator: list[Row]) -> Figure:
             axis.set_title(f"batch {batch}, {label}", fontsize=10)
             axis.grid(axis="y", alpha=0.3)
         axes[0].set_ylabel("time of the peer / ours")
-    if rows:
-        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-        figure.suptitle(
-            f"Layers of DiNAT-Tiny, 7 x 7 window: {machine(rows[-1])}. Above 1, ours is faster.", fontsize=10
-        )
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle(f"Layers of DiNAT-Tiny, 7 x 7 window: {machine(rows[-1])}. Above 1, ours is faster.", fontsize=10)
     return figure
 
 
@@ -142,10 +137,10 @@ def draw_throughput(models: list[Row]) -> Figure:
     """Images per second of a whole model against its published accuracy."""
     published = json.loads(gzip.decompress((ROOT / "tests" / "golden" / "published.json.gz").read_bytes()))["models"]
     accuracy = PEER_ACCURACY | {name: model["published"]["imagenet1k_top1"] for name, model in published.items()}
-    batch = max((int(row["batch"]) for row in models), default=1)
+    batch = max(int(row["batch"]) for row in models)
     wanted = dict(batch=str(batch), mode="eager", pixels="224") | {"pass": "inference"}
     found = last((row for row in models if row.items() >= wanted.items()), "model")
-    fastest = max((float(row["images_per_s"]) for row in found.values()), default=1.0)
+    fastest = max(float(row["images_per_s"]) for row in found.values())
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for (name,), row in found.items():
         if name in accuracy:
@@ -160,8 +155,7 @@ def draw_throughput(models: list[Row]) -> Figure:
     axis.set(xlabel=f"images/s, measured (inference, eager, batch {batch}, 224 px)")
     axis.set_ylabel("ImageNet-1k top-1 in %, as published by the authors")
     axis.grid(alpha=0.3)
-    title = machine(next(reversed(found.values()))) if found else "no measurements"
-    axis.set_title(f"{title}\narea of the dots: GMACs", fontsize=10)
+    axis.set_title(f"{machine(models[-1])}\narea of the dots: GMACs", fontsize=10)
     return figure
 
 
