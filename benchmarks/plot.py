@@ -70,7 +70,7 @@ def draw_scale(operator: list[Row], scale: list[Row]) -> Figure:
         points = sorted((int(side), float(row["median"])) for (name, side), row in found.items() if name == kernel)
         if points:
             per_token = [1e3 * time / side**2 for side, time in points]
-            style = dict(color=color, label=label, zorder=3 if kernel in OURS else 2)
+            style = dict(color=color, label=label, linewidth=3 if kernel in OURS else 1.5)
             axes[0].plot([side for side, _ in points], per_token, "o-", **style)
     sides = sorted({int(side) for _, side in found})
     axes[0].set(xscale="log", yscale="log", xlabel="tokens per side of the map", ylabel="ns per token")
