@@ -68,7 +68,7 @@ def test_peak_memory():
 
 
 def test_data(tmp_path):
-    run("data_speed", *QUICK[2:], "--images", 32, "--output", tmp_path / "data.csv")
+    run("data_speed", *QUICK[2:], "--images", 16, "--output", tmp_path / "data.csv")
     assert {(row["source"], row["split"]) for row in read(tmp_path / "data.csv")} == {
         (source, split) for source in ("folder", "webdataset") for split in ("train", "validation")
     }
