@@ -59,6 +59,7 @@ def user_configs() -> dict[str, Config]:
 _SHIPPED = {
     "forward": (
         ("", 16, True, 64, 64, Config(64, 64, 4, 2)),
+        ("gfx", 16, False, 64, 128, Config(16, 256, 4, 1)),
         ("sm_10", 16, False, 32, 128, Config(16, 256, 4, 1)),
         ("", 16, False, 64, 128, Config(16, 256, 4, 2)),
         ("", 16, False, 64, math.inf, Config(32, 64, 2, 2)),
