@@ -14,6 +14,6 @@ def test_kernels_in_the_interpreter():
     suite = Path(__file__).with_name("interpreter_suite.py")
     # One thread: the interpreter's many small NumPy operations only get slower with more.
     environment = os.environ | dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", str(suite)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", str(suite)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
