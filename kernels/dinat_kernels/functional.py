@@ -3,26 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .geometry import Neighborhood, check_fits, make_neighborhood
-from .impl import reference, resolve, tiled
+from .impl import implementation, reference, resolve, tiled
 from .impl.precision import autocast_dtype, autocast_tensor
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: Neighborhood) -> None:
-    rank = window.rank
+class _Spec(NamedTuple):
+    """What the checks need to know of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Spec:
+        return cls(x.shape, x.dtype, x.device)
+
+
+def _check(
+    rank: int,
+    kernel_size: Ints,
+    dilation: Ints,
+    stride: Ints,
+    is_causal: Bools,
+    query: _Spec,
+    key: _Spec,
+    value: _Spec,
+    rpb: _Spec | None,
+) -> Neighborhood:
+    """The window, if all arguments are well formed and fit together; else a ValueError says which does not."""
+    window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
     layout = f"(batch, {', '.join('XYZ'[:rank])}, heads, dim)"
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != rank + 3:
+        if len(x.shape) != rank + 3:
             raise ValueError(f"{name} must be {rank + 3}-dimensional, {layout}, got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
+        if not x.dtype.is_floating_point:
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
         if x.dtype != query.dtype or x.device != query.device:
             raise ValueError(
@@ -52,8 +77,21 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None
             raise ValueError(
                 f"rpb must have shape (heads, 2 * kernel_size - 1, ...) = {expected}, got {tuple(rpb.shape)}"
             )
-        if not rpb.is_floating_point() or rpb.device != query.device:
+        if not rpb.dtype.is_floating_point or rpb.device != query.device:
             raise ValueError(f"rpb must be a floating-point tensor on {query.device}, got {rpb.dtype} on {rpb.device}")
+    return window
+
+
+_check_once = lru_cache(maxsize=1024, typed=True)(_check)
+
+
+def _check_again(rank: int, *arguments) -> Neighborhood:
+    """`_check`, remembering what passed."""
+    arguments = [tuple(a) if type(a) is list else a for a in arguments]
+    try:
+        return _check_once(rank, *arguments)
+    except TypeError:  # not hashable, so no valid argument
+        return _check(rank, *arguments)
 
 
 def _attend(
@@ -70,12 +108,15 @@ def _attend(
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
     autocast = autocast_dtype(query.device.type)
     if autocast is not None:  # the bias keeps its dtype: it is added to float32 logits
         query, key, value = (autocast_tensor(x, autocast) for x in (query, key, value))
-    if not torch.jit.is_tracing():  # where sizes are tensors
-        _check_tensors(query, key, value, rpb, window)
+    watched = ops.is_watched(query, key, value, rpb)
+    if torch.jit.is_tracing():  # where sizes are tensors
+        window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
+    else:
+        specs = [None if x is None else _Spec.of(x) for x in (query, key, value, rpb)]
+        window = (_check if watched else _check_again)(rank, kernel_size, dilation, stride, is_causal, *specs)
     if not isinstance(scale, (int, float, type(None))):
         raise ValueError(f"scale must be a number or None, got {scale!r}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -87,9 +128,17 @@ def _attend(
     elif name == "torch" and _can_inline(query):
         # The exported program is then made of ATen operations alone and runs where dinat_kernels is not installed.
         out, lse = tiled.unrolled_attention(query, key, value, rpb, window, scale, chunk=None)
+    elif not watched and not _records(query, key, value, rpb):
+        # The dispatcher would come to the same, tens of microseconds later.
+        out, lse = implementation(name).attention(query, key, value, rpb, window, scale)
     else:
-        out, lse = ops.attention(query, key, value, rpb, *[list(map(int, axes)) for axes in window], scale, name)
+        out, lse = ops.attention(query, key, value, rpb, window, scale, name)
     return (out, lse) if return_lse else out
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _can_inline(query: Tensor) -> bool:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .geometry import Neighborhood, check_fits
 from .impl import implementation, resolve
@@ -105,9 +107,24 @@ def _in_functorch() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def attention(*args) -> tuple[Tensor, Tensor]:
-    """The forward op; arguments as in its schema."""
-    return (_Forward.apply if _in_functorch() else torch.ops.dinat_kernels.attention)(*args)
+def is_watched(*tensors: Tensor | None) -> bool:
+    """Whether a compiler, tracer, transform, dispatch mode or subclass of Tensor wants to see the op itself."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or any(x is not None and (type(x) not in (Tensor, Parameter) or x.is_meta) for x in tensors)
+    )
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: Neighborhood, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The forward op; `backend` as `resolve` returns it."""
+    op = _Forward.apply if _in_functorch() else torch.ops.dinat_kernels.attention
+    return op(query, key, value, rpb, *[list(map(int, axes)) for axes in window], scale, backend)
 
 
 def _vmap(op, rpb_at: int, one_by_one):

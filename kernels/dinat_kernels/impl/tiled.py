@@ -39,6 +39,8 @@ _BIAS_CHUNK = 1 << 22
 _BIAS_CACHE = 256 << 20
 # Gathering a key costs about as much as its products with 64 queries (measured, k = 7).
 _GATHER_COST = 64
+# Of one image, the calls that gather cost as much as 20,000 products besides (measured, fused).
+_CALL_COST = 20_000
 
 
 class _Axis(NamedTuple):
@@ -72,6 +74,8 @@ def _key_span(windows: list[tuple[np.ndarray, np.ndarray]], tile: int) -> int:
 
 def _make_axis(length: int, k: int, d: int, s: int, causal: bool, tile: int) -> _Axis:
     windows = _axis_windows(length, k, d, s, causal)
+    if tile == length:
+        return _whole_axis(windows, length, k, d)
     span = _key_span(windows, tile)
     query, key, entry = [], [], []
     slot = np.empty(length, dtype=np.int64)
@@ -92,7 +96,17 @@ def _make_axis(length: int, k: int, d: int, s: int, causal: bool, tile: int) -> 
     return _Axis(np.stack(query), np.stack(key), np.stack(list(kinds.values())), kind, slot)
 
 
-def _choose_tiles(spatial: tuple[int, ...], window: Neighborhood) -> tuple[int, ...]:
+def _whole_axis(windows: list[tuple[np.ndarray, np.ndarray]], length: int, k: int, d: int) -> _Axis:
+    """One tile that holds the axis, its tokens in order whatever their group."""
+    token = np.arange(length)
+    position, group = token // d, token % d
+    start, end = (np.array([windows[g][bound][p] for p, g in zip(position, group, strict=True)]) for bound in (0, 1))
+    visible = (group[:, None] == group) & (start[:, None] <= position) & (position < end[:, None])
+    entry = np.where(visible, position - position[:, None] + k - 1, 2 * k - 1)
+    return _Axis(token[None], token[None], entry[None], np.zeros(1, dtype=np.int64), token)
+
+
+def _choose_tiles(spatial: tuple[int, ...], window: Neighborhood, call_cost: int) -> tuple[int, ...]:
     """The tile size per axis that minimizes (keys gathered) x (queries that use each of them + cost of the gather)."""
     candidates = []
     for length, k, d, s, causal in zip(spatial, *window, strict=True):
@@ -104,12 +118,15 @@ def _choose_tiles(spatial: tuple[int, ...], window: Neighborhood) -> tuple[int, 
             keys = sum(-(-len(start) // tile) for start, _ in windows) * _key_span(windows, tile)
             if not pairs or keys < pairs[-1][1]:
                 pairs.append((tile, keys))
+        if d > 1:  # all groups in one tile
+            pairs.append((length, length))
         candidates.append(pairs)
 
     def cost(choice: tuple[tuple[int, int], ...]) -> int:
-        queries = math.prod(tile for tile, _ in choice)
-        gather = _GATHER_COST if queries < math.prod(spatial) else 0  # one tile is the map itself
-        return math.prod(keys for _, keys in choice) * (queries + gather)
+        queries, keys = (math.prod(column) for column in zip(*choice, strict=True))
+        if queries >= math.prod(spatial):  # one tile is the map itself
+            return queries * keys
+        return keys * (queries + _GATHER_COST) + call_cost
 
     return tuple(tile for tile, _ in min(itertools.product(*candidates), key=cost))
 
@@ -117,8 +134,8 @@ def _choose_tiles(spatial: tuple[int, ...], window: Neighborhood) -> tuple[int, 
 class _Plan:
     """Everything about a problem that depends only on the map size and the window."""
 
-    def __init__(self, spatial: tuple[int, ...], window: Neighborhood) -> None:
-        tiles = _choose_tiles(spatial, window)
+    def __init__(self, spatial: tuple[int, ...], window: Neighborhood, call_cost: int) -> None:
+        tiles = _choose_tiles(spatial, window, call_cost)
         self.spatial, self.window = spatial, window
         self.axes = [_make_axis(*axis, tile) for *axis, tile in zip(spatial, *window, tiles, strict=True)]
         self.counts = tuple(len(a.query) for a in self.axes)  # tiles per axis
@@ -140,17 +157,17 @@ class _Plan:
                 self._tensors[at] = tensor
         return tensor
 
-    @property
+    @cached_property
     def is_one_tile(self) -> bool:
         """Whether a single tile holds the whole map, its tokens in order."""
         return math.prod(self.counts) == 1
 
-    @property
+    @cached_property
     def uniform(self) -> bool:
         """Whether all tiles have the same bias."""
         return math.prod(self.kinds) == 1
 
-    @property
+    @cached_property
     def overlapping(self) -> bool:
         """Whether some token stands in more than one query slot."""
         return math.prod(self.counts) * self.query_slots > math.prod(self.spatial)
@@ -266,31 +283,31 @@ def _sum_into(source: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
 
 
 @lru_cache(maxsize=128)
-def _plan(spatial: tuple[int, ...], window: Neighborhood) -> _Plan:
-    return _Plan(spatial, window)
+def _plan(spatial: tuple[int, ...], window: Neighborhood, call_cost: int = 0) -> _Plan:
+    return _Plan(spatial, window, call_cost)
 
 
 class _BiasCache:
     """Additive tensors of recent calls, least recently used first out.
 
     A table is told by its memory and its contents, which are compared each time: an optimizer or `load_state_dict` may
-    have changed them in place.
+    have changed them in place.  Without a table, what is kept is the mask alone.
     """
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[tuple, tuple[Tensor, Tensor]] = OrderedDict()  # to (copy of the table, result)
+        self._entries: OrderedDict[tuple, tuple[Tensor | None, Tensor]] = OrderedDict()  # (copy of the table, result)
         self._bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, key: tuple, rpb: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    def get(self, key: tuple, rpb: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
         """`make()`, or what it returned for the same `key` and `rpb`."""
-        key = (*key, rpb.data_ptr(), rpb.dtype)
+        key = key if rpb is None else (*key, rpb.data_ptr(), rpb.dtype)
         with self._lock:
-            table, bias = self._entries.get(key, (None, None))
-            if table is not None and torch.equal(table, rpb):
+            entry = self._entries.get(key)
+            if entry is not None and (rpb is None or torch.equal(entry[0], rpb)):
                 self._entries.move_to_end(key)
-                return bias
-        table, bias = rpb.detach().clone(), make()
+                return entry[1]
+        table, bias = None if rpb is None else rpb.detach().clone(), make()
         with self._lock:
             self._drop(key)
             self._entries[key] = table, bias
@@ -362,18 +379,22 @@ def _can_fuse(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return query.device.type == "cpu" and query.shape[-2:] == key.shape[-2:] == value.shape[-2:] and query.numel() > 0
 
 
+def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """PyTorch's fused CPU attention of tiles (tiles, slots, heads, dim): out, and lse (tiles, slots, heads)."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
 def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: Neighborhood, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`attention` with PyTorch's fused CPU attention in every tile, which keeps no logits."""
-    batch, *spatial, heads, _ = query.shape
+    batch, *spatial, heads, dim = query.shape
     spatial = tuple(spatial)
-    plan, dtype, device = _plan(spatial, window), working_dtype(query.dtype), query.device
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if plan.uniform or (rpb is None and not plan.masked):  # all tiles of all images share the bias, and so one call
-        row_chunks, image_chunks = plan.chunks(heads, batch, None)
-    else:
-        row_chunks, image_chunks = plan.chunks(heads, 1, _BIAS_CHUNK)[0], _slices(batch, 1)
+    plan = _plan(spatial, window, _CALL_COST if batch == 1 else 0)
+    dtype, device = working_dtype(query.dtype), query.device
+    q, k, v = (x.flatten(1, -3) for x in (query, key, value))  # (batch, tokens, heads, dim)
 
     def additive(rows: slice) -> Tensor | None:
         """Bias and mask of the tiles in `rows`: (tiles or 1, heads or 1, query_slots, key_slots)."""
@@ -382,36 +403,44 @@ def _fused_attention(
             return None if bias is None else plan.tile_bias(bias, rows).transpose(0, 1)
         return bias.view(1, -1, plan.query_slots, plan.key_slots)
 
-    def pick(x: Tensor, name: str, tiles: slice, images: slice) -> Tensor:
-        """Tiles of x: (images * tiles, heads, slots, dim)."""
-        x = x[images].flatten(1, -3)
-        if not plan.is_one_tile:
-            index = plan.tensor(name, device=device)[tiles]
-            x = _take(x, index.flatten()).view(-1, index.shape[1], *x.shape[2:])
-        elif x.stride(-1) != 1:  # which the fused attention takes for granted
-            x = x.contiguous()
-        return x.transpose(1, 2)
+    def kept(rows: slice) -> Tensor | None:
+        """`additive` of all tiles, which is worth keeping."""
+        if rpb is None and not plan.masked:
+            return None
+        return _biases.get((plan, dtype), rpb, lambda: additive(rows))
 
+    if plan.is_one_tile:
+        if not all(x.stride(-1) == 1 for x in (q, k, v)):  # which the fused attention takes for granted
+            q, k, v = (x.contiguous() for x in (q, k, v))
+        out, lse = _fused(q, k, v, kept(slice(0, 1)), scale)
+        return out.reshape(value.shape), lse.reshape(query.shape[:-1])
+
+    if plan.uniform or (rpb is None and not plan.masked):  # all tiles of all images share the bias, and so one call
+        row_chunks, image_chunks = plan.chunks(heads, batch, None)
+    else:
+        row_chunks, image_chunks = plan.chunks(heads, 1, _BIAS_CHUNK)[0], _slices(batch, 1)
     outs: list[list[Tensor]] = []
     lses: list[list[Tensor]] = []
     for rows in row_chunks:
         tiles = plan.tiles(rows)
-        if rpb is None or len(row_chunks) > 1:  # a large map's would push out all others
-            tile_bias = additive(rows)
-        else:
-            tile_bias = _biases.get((spatial, window, dtype), rpb, lambda rows=rows: additive(rows))
+        query_index, key_index = (plan.tensor(name, device=device)[tiles].flatten() for name in ("query", "key"))
+        tile_bias = (kept if len(row_chunks) == 1 else additive)(rows)  # a large map's would push out all others
         outs.append([])
         lses.append([])
         for images in image_chunks:
-            q, k, v = (pick(query, "query", tiles, images), *(pick(x, "key", tiles, images) for x in (key, value)))
-            out, lse = fused(q, k, v, attn_mask=tile_bias, scale=scale)
-            for parts, x in ((outs, out), (lses, lse.unsqueeze(-1))):
-                parts[-1].append(x.transpose(1, 2).reshape(images.stop - images.start, -1, heads, x.shape[-1]))
-    out, lse = _assemble(outs, dim=1), _assemble(lses, dim=1)  # (batch, tiles * slots, heads, dim or 1)
-    if not plan.is_one_tile:
-        slot = plan.tensor("slot", device=device)
-        out, lse = _take(out, slot), _take(lse, slot)
-    return out.view(value.shape), lse.to(dtype).view(query.shape[:-1])
+            count = images.stop - images.start
+            out, lse = _fused(
+                _take(q[images], query_index).view(-1, plan.query_slots, heads, dim),
+                _take(k[images], key_index).view(-1, plan.key_slots, heads, dim),
+                _take(v[images], key_index).view(-1, plan.key_slots, heads, dim),
+                tile_bias,
+                scale,
+            )
+            outs[-1].append(out.reshape(count, -1, heads, dim))
+            lses[-1].append(lse.reshape(count, -1, heads, 1))
+    slot = plan.tensor("slot", device=device)
+    out, lse = (_take(_assemble(grid, dim=1), slot) for grid in (outs, lses))
+    return out.view(value.shape), lse.view(query.shape[:-1])
 
 
 @without_autocast
