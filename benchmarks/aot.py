@@ -2,6 +2,7 @@
 
     python benchmarks/aot.py                      # everything, rewrites benchmarks/results/aot.csv
     python benchmarks/aot.py --arch sm_90 --only dinat_tiny.0 --output -
+    python benchmarks/aot.py --once --output -    # each configuration once: problems with other heads left out
 
 Checks: no spills, shared memory within the architecture's limit, tensor-core instructions for 16-bit inputs.  Needs
 `triton` 3.6 or newer and PyTorch, and `kernels/` on PYTHONPATH or dinat installed.
@@ -91,6 +92,12 @@ def make_plan(kernel: str, arch: str, heads: int, lengths: tuple, window: dict, 
     return launch.make_plan(kernel, layouts, dtype, arch, neighborhood, with_bias, 1, "ieee")
 
 
+def plans_of(arch: str, case: tuple) -> Callable[[str], launch.Plan]:
+    """`make_plan` of a case, which wants the kernel."""
+    _, heads, _, lengths, window, dtype, dim = case
+    return partial(make_plan, arch=arch, heads=heads, lengths=lengths, window=window, dtype=dtype, dim=dim)
+
+
 def kernels(plan: Callable[[str], launch.Plan]) -> list[str]:
     """The kernels that a problem needs, of all that there are."""
     query = plan("query").constants
@@ -124,12 +131,27 @@ def compile_plan(plan: launch.Plan, arch: str, dtype: torch.dtype):
     return triton.compile(source, target=ARCHITECTURES[arch][0], options=plan.options)
 
 
-def _cuobjdump(kernel, option: str) -> str:
+def without_repetition(work: list[tuple[str, tuple]]) -> list[tuple[str, tuple]]:
+    """The (architecture, case) pairs whose kernels differ from all before them in more than the number of heads."""
+    seen, kept = set(), []
+    for arch, case in work:
+        plan = plans_of(arch, case)
+        keys = set()
+        for kernel in kernels(plan):
+            constants = {name: value for name, value in plan(kernel).constants.items() if name != "HEADS"}
+            keys.add((arch, case[5], kernel, str(constants), str(plan(kernel).options)))
+        if not keys <= seen:
+            kept.append((arch, case))
+        seen |= keys
+    return kept
+
+
+def _cuobjdump(kernel, *options: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def resources(kernel) -> tuple[int, int, list[tuple[int, str, int | None]]]:
@@ -147,12 +169,10 @@ def resources(kernel) -> tuple[int, int, list[tuple[int, str, int | None]]]:
             elif instruction := re.match(r"\t([a-z]\w+_\w+)(?:\s+(\.LBB\w+))?", line):
                 code.append((len(code), instruction[1], instruction[2]))
         return registers, spills, [(at, name, labels.get(target)) for at, name, target in code]
-    usage = _cuobjdump(kernel, "-res-usage")
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    dump = _cuobjdump(kernel, "-res-usage", "-sass")
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", dump)[1]) for name in ("REG", "STACK", "LOCAL"))
     code = []
-    for address, name, rest in re.findall(
-        r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z]\w+[\w.]*)([^;]*);", _cuobjdump(kernel, "-sass")
-    ):
+    for address, name, rest in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z]\w+[\w.]*)([^;]*);", dump):
         target = re.search(r"0x([0-9a-f]+)\s*$", rest) if name.startswith("BRA") else None
         code.append((int(address, 16), name, int(target[1], 16) if target else None))
     return registers, stack + local, code
@@ -170,8 +190,8 @@ def split_loop(code: list[tuple[int, str, int | None]]) -> tuple[list[str], list
 
 def rows(arch: str, case: tuple) -> list[dict]:
     """Compile all kernels of one case and describe the results."""
-    name, heads, layer, lengths, window, dtype, dim = case
-    plan = partial(make_plan, arch=arch, heads=heads, lengths=lengths, window=window, dtype=dtype, dim=dim)
+    name, _, layer, _, _, dtype, _ = case
+    plan = plans_of(arch, case)
     return [row(arch, name, kernel, layer, plan(kernel), dtype) for kernel in kernels(plan)]
 
 
@@ -231,9 +251,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--only", default="", help="beginning of the problem's name")
+    parser.add_argument(
+        "--once", action="store_true", help="leave out problems that differ in the number of heads alone"
+    )
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "aot.csv"), help="- for the screen")
     args = parser.parse_args()
     work = [(arch, case) for arch in args.arch for case in cases() if case[0].startswith(args.only)]
+    if args.once:
+        work = without_repetition(work)
     table = []
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for entries in pool.map(rows, *zip(*work, strict=True)):
