@@ -25,10 +25,6 @@ class _Spec(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    @classmethod
-    def of(cls, x: Tensor) -> _Spec:
-        return cls(x.shape, x.dtype, x.device)
-
 
 def _check(
     rank: int,
@@ -36,12 +32,14 @@ def _check(
     dilation: Ints,
     stride: Ints,
     is_causal: Bools,
-    query: _Spec,
-    key: _Spec,
-    value: _Spec,
-    rpb: _Spec | None,
+    *specs: tuple | None,
 ) -> Neighborhood:
-    """The window, if all arguments are well formed and fit together; else a ValueError says which does not."""
+    """The window, if all arguments are well formed and fit together; else a ValueError says which does not.
+
+    Args:
+        specs: what a `_Spec` holds of query, key, value and rpb.
+    """
+    query, key, value, rpb = (None if spec is None else _Spec(*spec) for spec in specs)
     window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
     layout = f"(batch, {', '.join('XYZ'[:rank])}, heads, dim)"
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -112,27 +110,27 @@ def _attend(
     if autocast is not None:  # the bias keeps its dtype: it is added to float32 logits
         query, key, value = (autocast_tensor(x, autocast) for x in (query, key, value))
     watched = ops.is_watched(query, key, value, rpb)
-    if torch.jit.is_tracing():  # where sizes are tensors
+    if watched and torch.jit.is_tracing():  # where sizes are tensors
         window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
     else:
-        specs = [None if x is None else _Spec.of(x) for x in (query, key, value, rpb)]
+        specs = [x if x is None else (x.shape, x.dtype, x.device) for x in (query, key, value, rpb)]
         window = (_check if watched else _check_again)(rank, kernel_size, dilation, stride, is_causal, *specs)
     if not isinstance(scale, (int, float, type(None))):
         raise ValueError(f"scale must be a number or None, got {scale!r}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     # An exported program should run anywhere: the choice is then the backend that consists of ATen operations.
-    name = "torch" if backend is None and _can_inline(query) else resolve(backend, query, value)
+    inline = watched and _can_inline(query)
+    name = "torch" if backend is None and inline else resolve(backend, query, value)
 
     if name == "reference":
         out, lse = reference.attention(query, key, value, rpb, window, scale)
-    elif name == "torch" and _can_inline(query):
+    elif name == "torch" and inline:
         # The exported program is then made of ATen operations alone and runs where dinat_kernels is not installed.
         out, lse = tiled.unrolled_attention(query, key, value, rpb, window, scale, chunk=None)
-    elif not watched and not _records(query, key, value, rpb):
-        # The dispatcher would come to the same, tens of microseconds later.
-        out, lse = implementation(name).attention(query, key, value, rpb, window, scale)
-    else:
+    elif watched or autocast is not None or _records(query, key, value, rpb):
         out, lse = ops.attention(query, key, value, rpb, window, scale, name)
+    else:  # the dispatcher would come to the same, tens of microseconds later
+        out, lse = implementation(name).attention(query, key, value, rpb, window, scale)
     return (out, lse) if return_lse else out
 
 

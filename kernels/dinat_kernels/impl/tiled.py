@@ -376,14 +376,47 @@ def _assemble(grid: list[list[Tensor]], dim: int) -> Tensor:
 
 def _can_fuse(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether PyTorch's fused CPU attention can compute the tiles."""
-    return query.device.type == "cpu" and query.shape[-2:] == key.shape[-2:] == value.shape[-2:] and query.numel() > 0
+    return query.is_cpu and query.shape == key.shape == value.shape and query.numel() > 0
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused CPU attention of tiles (tiles, slots, heads, dim): out, and lse (tiles, slots, heads)."""
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
-    return out.transpose(1, 2), lse.transpose(1, 2)
+# Attention of (batch, heads, tokens, dim), last stride 1, with an additive tensor: out, and lse (batch, heads, tokens).
+_fused = torch._scaled_dot_product_flash_attention_for_cpu
+
+
+@lru_cache(maxsize=1024)
+def _heads_first(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Shape and strides that show (batch, *spatial, heads, dim) as (batch, heads, tokens, dim), if strides can."""
+    batch, *spatial, heads, dim = shape
+    of_batch, *of_axes, of_heads, of_dim = stride
+    regular = all(a == n * b for a, n, b in zip(of_axes, spatial[1:], of_axes[1:], strict=False))
+    if not regular or of_dim != 1:  # which the fused attention takes for granted
+        return None
+    return (batch, heads, math.prod(spatial), dim), (of_batch, of_heads, of_axes[-1], 1)
+
+
+@lru_cache(maxsize=1024)
+def _heads_last(
+    shape: tuple[int, ...], stride: tuple[int, ...], spatial: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides that show (batch, heads, tokens, ...) as (batch, *spatial, heads, ...)."""
+    batch, heads, _, *rest = shape
+    of_batch, of_heads, of_tokens, *of_rest = stride
+    of_axes = [of_tokens * math.prod(spatial[axis + 1 :]) for axis in range(len(spatial))]
+    return (batch, *spatial, heads, *rest), (of_batch, *of_axes, of_heads, *of_rest)
+
+
+def _fused_map(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, spatial: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's fused CPU attention of a map that is one tile.  On small maps every view counts."""
+    views = [_heads_first(x.shape, x.stride()) for x in (query, key, value)]
+    q, k, v = [
+        x.flatten(1, -3).contiguous().transpose(1, 2) if view is None else x.as_strided(*view)
+        for x, view in zip((query, key, value), views, strict=True)
+    ]
+    out, lse = _fused(q, k, v, attn_mask=bias, scale=scale)
+    out, lse = [x.as_strided(*_heads_last(x.shape, x.stride(), spatial)) for x in (out, lse)]
+    return out, lse
 
 
 def _fused_attention(
@@ -391,10 +424,8 @@ def _fused_attention(
 ) -> tuple[Tensor, Tensor]:
     """`attention` with PyTorch's fused CPU attention in every tile, which keeps no logits."""
     batch, *spatial, heads, dim = query.shape
-    spatial = tuple(spatial)
-    plan = _plan(spatial, window, _CALL_COST if batch == 1 else 0)
+    plan = _plan(tuple(spatial), window, _CALL_COST if batch == 1 else 0)
     dtype, device = working_dtype(query.dtype), query.device
-    q, k, v = (x.flatten(1, -3) for x in (query, key, value))  # (batch, tokens, heads, dim)
 
     def additive(rows: slice) -> Tensor | None:
         """Bias and mask of the tiles in `rows`: (tiles or 1, heads or 1, query_slots, key_slots)."""
@@ -410,10 +441,9 @@ def _fused_attention(
         return _biases.get((plan, dtype), rpb, lambda: additive(rows))
 
     if plan.is_one_tile:
-        if not all(x.stride(-1) == 1 for x in (q, k, v)):  # which the fused attention takes for granted
-            q, k, v = (x.contiguous() for x in (q, k, v))
-        out, lse = _fused(q, k, v, kept(slice(0, 1)), scale)
-        return out.reshape(value.shape), lse.reshape(query.shape[:-1])
+        return _fused_map(query, key, value, kept(slice(0, 1)), scale, plan.spatial)
+
+    q, k, v = (x.flatten(1, -3) for x in (query, key, value))  # (batch, tokens, heads, dim)
 
     if plan.uniform or (rpb is None and not plan.masked):  # all tiles of all images share the bias, and so one call
         row_chunks, image_chunks = plan.chunks(heads, batch, None)
@@ -430,20 +460,19 @@ def _fused_attention(
         for images in image_chunks:
             count = images.stop - images.start
             out, lse = _fused(
-                _take(q[images], query_index).view(-1, plan.query_slots, heads, dim),
-                _take(k[images], key_index).view(-1, plan.key_slots, heads, dim),
-                _take(v[images], key_index).view(-1, plan.key_slots, heads, dim),
-                tile_bias,
-                scale,
+                _take(q[images], query_index).view(-1, plan.query_slots, heads, dim).transpose(1, 2),
+                _take(k[images], key_index).view(-1, plan.key_slots, heads, dim).transpose(1, 2),
+                _take(v[images], key_index).view(-1, plan.key_slots, heads, dim).transpose(1, 2),
+                attn_mask=tile_bias,
+                scale=scale,
             )
-            outs[-1].append(out.reshape(count, -1, heads, dim))
-            lses[-1].append(lse.reshape(count, -1, heads, 1))
+            outs[-1].append(out.transpose(1, 2).reshape(count, -1, heads, dim))
+            lses[-1].append(lse.transpose(1, 2).reshape(count, -1, heads, 1))
     slot = plan.tensor("slot", device=device)
     out, lse = (_take(_assemble(grid, dim=1), slot) for grid in (outs, lses))
     return out.view(value.shape), lse.view(query.shape[:-1])
 
 
-@without_autocast
 def attention(
     query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: Neighborhood, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -505,7 +534,6 @@ def unrolled_attention(
     return out.reshape(*query.shape[:-1], value.shape[-1]), lse.reshape(query.shape[:-1])
 
 
-@without_autocast
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor,
