@@ -5,15 +5,30 @@ from collections.abc import Callable, Sequence
 
 import torch
 from dinat_kernels import NeighborhoodAttention2d
+from dinat_kernels.ops import is_watched
 from timm.layers import DropPath, LayerScale, Mlp, use_fused_attn
 from timm.models import register_notrace_module
 from torch import nn
+from torch.nn import functional as F
 
 from dinat.checkpoints import resize_rpb
 
 register_notrace_module(NeighborhoodAttention2d)  # its padding depends on the map size, which FX cannot trace
 
 Dilations = int | str | Sequence[Sequence[int | tuple[int, int]]]
+
+
+class GELU(nn.Module):
+    """GELU that overwrites its input in inference mode, where half of its time would go into fresh memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles nothing under this condition alone
+            if not is_watched(x) and x.is_inference():
+                return torch.ops.aten.gelu_(x)
+        return F.gelu(x)
+
+
+register_notrace_module(GELU)
 
 
 class NATBlock(nn.Module):
@@ -31,7 +46,7 @@ class NATBlock(nn.Module):
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
-        act_layer: Callable[..., nn.Module] = nn.GELU,
+        act_layer: Callable[..., nn.Module] = GELU,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         backend: str | None = None,
         device=None,

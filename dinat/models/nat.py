@@ -29,7 +29,7 @@ from torch import nn
 from dinat import checkpoints
 from dinat.errors import CheckpointError
 
-from .layers import Dilations, NATBlock, init_weights, resize_window, resolve_dilations
+from .layers import GELU, Dilations, NATBlock, init_weights, resize_window, resolve_dilations
 
 try:
     from timm.models._input import update_model_input_size
@@ -58,6 +58,7 @@ class ConvStem(nn.Module):
         self.norm = _LayerNorm2d(dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels last, as the blocks have them
         return self.norm(self.proj(x))
 
 
@@ -123,7 +124,8 @@ class NAT(nn.Module):
         proj_drop_rate: dropout after the attention projection and in the MLP.
         attn_drop_rate: dropout of attention weights; slower, since it runs outside the fused operator.
         drop_path_rate: stochastic depth rate of the last block; grows linearly from 0.
-        act_layer: activation of the MLP, class or name.
+        act_layer: activation of the MLP, class or name.  The default computes in place in inference mode: a hook that
+            keeps the output of `fc1` finds it activated there.
         norm_layer: norm of the blocks, on channels-last tensors.
         stem_layer: called with (in_chans, dim); downsample_layer: called with (dim, dim_out).
         backend: attention backend, see `dinat_kernels.na2d`.
@@ -154,7 +156,7 @@ class NAT(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        act_layer: str | Callable[..., nn.Module] = "gelu",
+        act_layer: str | Callable[..., nn.Module] = GELU,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         stem_layer: Callable[..., nn.Module] = ConvStem,
         downsample_layer: Callable[..., nn.Module] = ConvDownsample,
