@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .geometry import Neighborhood, check_fits, make_neighborhood
-from .impl import implementation, reference, resolve, tiled
+from .impl import prepare, reference, resolve
+from .impl.layout import PREPARED, Forward, Layout, layouts_of, problem_of
 from .impl.precision import autocast_dtype, autocast_tensor
+from .impl.tiled import unrolled
 
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
-
-
-class _Spec(NamedTuple):
-    """What the checks need to know of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
 
 
 def _check(
@@ -32,14 +25,15 @@ def _check(
     dilation: Ints,
     stride: Ints,
     is_causal: Bools,
-    *specs: tuple | None,
-) -> Neighborhood:
-    """The window, if all arguments are well formed and fit together; else a ValueError says which does not.
-
-    Args:
-        specs: what a `_Spec` holds of query, key, value and rpb.
+    scale: float | None,
+    query: Tensor | Layout,
+    key: Tensor | Layout,
+    value: Tensor | Layout,
+    rpb: Tensor | Layout | None,
+) -> tuple[Neighborhood, float]:
+    """The window and the scale, if all arguments are well formed and fit together; else a ValueError says which does
+    not.
     """
-    query, key, value, rpb = (None if spec is None else _Spec(*spec) for spec in specs)
     window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
     layout = f"(batch, {', '.join('XYZ'[:rank])}, heads, dim)"
     for name, x in (("query", query), ("key", key), ("value", value)):
@@ -77,19 +71,34 @@ def _check(
             )
         if not rpb.dtype.is_floating_point or rpb.device != query.device:
             raise ValueError(f"rpb must be a floating-point tensor on {query.device}, got {rpb.dtype} on {rpb.device}")
-    return window
+    return window, _scale(scale, query)
 
 
-_check_once = lru_cache(maxsize=1024, typed=True)(_check)
+def _scale(scale: float | None, query: Tensor | Layout) -> float:
+    if not isinstance(scale, (int, float, type(None))):
+        raise ValueError(f"scale must be a number or None, got {scale!r}")
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _check_again(rank: int, *arguments) -> Neighborhood:
-    """`_check`, remembering what passed."""
-    arguments = [tuple(a) if type(a) is list else a for a in arguments]
-    try:
-        return _check_once(rank, *arguments)
-    except TypeError:  # not hashable, so no valid argument
-        return _check(rank, *arguments)
+@lru_cache(maxsize=PREPARED)
+def _prepare(
+    rank: int,
+    kernel_size: Ints,
+    dilation: Ints,
+    stride: Ints,
+    is_causal: Bools,
+    scale: float | None,
+    backend: str | None,
+    with_lse: bool,
+    problem: tuple,
+) -> Forward:
+    """What runs for tensors of these layouts (`problem_of` them), once all arguments are found to be right."""
+    layouts = layouts_of(problem)
+    window, scale = _check(rank, kernel_size, dilation, stride, is_causal, scale, *layouts)
+    if layouts[0].device.type == "meta":
+        name = resolve(backend, layouts[0], layouts[2])
+        return partial(ops.attention, window=window, scale=scale, backend=name)
+    return prepare(backend, *layouts, window, scale, with_lse=with_lse)
 
 
 def _attend(
@@ -106,18 +115,25 @@ def _attend(
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    if ops.is_plain(query, key, value, rpb):  # the dispatcher would come to the same, tens of microseconds later
+        problem = problem_of(query, key, value, rpb)
+        try:
+            run = _prepare(rank, kernel_size, dilation, stride, is_causal, scale, backend, return_lse, problem)
+        except TypeError:  # a list, or no valid argument at all
+            window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
+            run = _prepare(rank, *window, scale, backend, return_lse, problem)
+        out, lse = run(query, key, value, rpb)
+        return (out, lse) if return_lse else out
+
     autocast = autocast_dtype(query.device.type)
     if autocast is not None:  # the bias keeps its dtype: it is added to float32 logits
         query, key, value = (autocast_tensor(x, autocast) for x in (query, key, value))
     watched = ops.is_watched(query, key, value, rpb)
     if watched and torch.jit.is_tracing():  # where sizes are tensors
         window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
+        scale = _scale(scale, query)
     else:
-        specs = [x if x is None else (x.shape, x.dtype, x.device) for x in (query, key, value, rpb)]
-        window = (_check if watched else _check_again)(rank, kernel_size, dilation, stride, is_causal, *specs)
-    if not isinstance(scale, (int, float, type(None))):
-        raise ValueError(f"scale must be a number or None, got {scale!r}")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        window, scale = _check(rank, kernel_size, dilation, stride, is_causal, scale, query, key, value, rpb)
     # An exported program should run anywhere: the choice is then the backend that consists of ATen operations.
     inline = watched and _can_inline(query)
     name = "torch" if backend is None and inline else resolve(backend, query, value)
@@ -126,17 +142,10 @@ def _attend(
         out, lse = reference.attention(query, key, value, rpb, window, scale)
     elif name == "torch" and inline:
         # The exported program is then made of ATen operations alone and runs where dinat_kernels is not installed.
-        out, lse = tiled.unrolled_attention(query, key, value, rpb, window, scale, chunk=None)
-    elif watched or autocast is not None or _records(query, key, value, rpb):
+        out, lse = unrolled.attention(query, key, value, rpb, window, scale, chunk=None)
+    else:
         out, lse = ops.attention(query, key, value, rpb, window, scale, name)
-    else:  # the dispatcher would come to the same, tens of microseconds later
-        out, lse = implementation(name).attention(query, key, value, rpb, window, scale)
     return (out, lse) if return_lse else out
-
-
-def _records(*tensors: Tensor | None) -> bool:
-    """Whether autograd records an operation on these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _can_inline(query: Tensor) -> bool:

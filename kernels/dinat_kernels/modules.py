@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .functional import Bools, Ints, na1d, na2d, na3d
 from .geometry import make_neighborhood
-from .impl import tiled
+from .impl.tiled import unrolled
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -133,7 +133,7 @@ class _NeighborhoodAttention(nn.Module):
             if self.backend not in (None, "torch"):
                 raise RuntimeError(f'attn_drop needs backend None or "torch" in training, got backend={self.backend!r}')
             window = make_neighborhood(self.rank, self.kernel_size, self.dilation, self.stride, self.is_causal)
-            run = tiled.unrolled_attention
+            run = unrolled.attention
             return run(query, key, value, self.rpb, window, self.scale, dropout_p=self.attn_drop)[0]
         return (na1d, na2d, na3d)[self.rank - 1](
             query,

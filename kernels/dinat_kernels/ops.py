@@ -8,6 +8,7 @@ imports Triton.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .geometry import Neighborhood, check_fits
-from .impl import implementation, resolve
+from .impl import implementation, prepare, resolve
+from .impl.layout import PREPARED, Forward, layouts_of, problem_of
 from .impl.precision import without_autocast
 
 _lib = torch.library.Library("dinat_kernels", "DEF")
@@ -38,12 +40,20 @@ def _window(
     return Neighborhood(tuple(kernel_size), tuple(dilation), tuple(stride), tuple(map(bool, is_causal)))
 
 
+@lru_cache(maxsize=PREPARED)
+def _prepare(backend: str, window: tuple[tuple[int, ...], ...], scale: float, problem: tuple) -> Forward:
+    query, key, value, rpb = layouts_of(problem)
+    window = _window(*window)
+    check_fits(window, query.shape[1:-2])  # traced and scripted layers come here unchecked
+    return prepare(backend or None, query, key, value, rpb, window, scale)
+
+
 @torch.library.impl(_lib, "attention", "CompositeExplicitAutograd")
 @without_autocast
 def _attention(query, key, value, rpb, kernel_size, dilation, stride, is_causal, scale, backend):
-    window = _window(kernel_size, dilation, stride, is_causal)
-    check_fits(window, query.shape[1:-2])  # traced and scripted layers come here unchecked
-    return implementation(resolve(backend or None, query, value)).attention(query, key, value, rpb, window, scale)
+    window = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal)
+    run = _prepare(backend, window, scale, problem_of(query, key, value, rpb))
+    return run(query, key, value, rpb)
 
 
 @torch.library.impl(_lib, "attention_backward", "CompositeExplicitAutograd")
@@ -110,23 +120,34 @@ def _in_functorch() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = (Tensor, Parameter, type(None))
+# Looked up once: on small maps, every step counts.
+_is_compiling, _is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
+_is_tracing, _is_transforming, _modes, _is_autocast = (
+    torch._C._is_tracing,
+    torch._C._are_functorch_transforms_active,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_any_autocast_enabled,
+)
 
 
 def is_watched(*tensors: Tensor | None) -> bool:
-    """Whether a compiler, tracer, transform, dispatch mode or subclass of Tensor wants to see the op itself."""
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-    ):
+    """Whether a compiler, tracer, transform, dispatch mode or subclass of Tensor wants to see what is done."""
+    if _is_compiling() or _is_tracing() or _is_transforming() or _modes() or forward_ad._current_level >= 0:
         return True
     for x in tensors:  # noqa: SIM110  a loop is twice as fast as any()
-        if x is not None and (type(x) not in _PLAIN or x.is_meta):
+        if type(x) not in _PLAIN:
             return True
     return False
+
+
+def is_plain(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> bool:
+    """Whether all that PyTorch would do with a call on these tensors is to run it: no watcher, autocast or autograd."""
+    if is_watched(query, key, value, rpb) or _is_autocast():
+        return False
+    return not _is_grad_enabled() or not (
+        query.requires_grad or key.requires_grad or value.requires_grad or (rpb is not None and rpb.requires_grad)
+    )
 
 
 def attention(

@@ -1,7 +1,7 @@
 """Implementations of the operator, and the choice between them.
 
-A backend is a module with `attention` and `attention_backward` (see `tiled`).  Backends share `geometry`, never each
-other.
+A backend is a module with `prepare` and `attention_backward` (see `tiled`).  Backends share `geometry` and what lies
+beside this file, never each other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import tiled
+from ..geometry import Neighborhood
+from . import reference, tiled
+from .layout import Forward, Layout
 
 BACKENDS = ("reference", "torch", "triton")
 # What the Triton kernels cover.
@@ -45,7 +47,7 @@ def unavailable(backend: str, device: torch.device | None = None) -> str | None:
     return "Triton kernels need CUDA or ROCm tensors (or CPU tensors and TRITON_INTERPRET=1, for tests)"
 
 
-def unsupported(backend: str, query: Tensor, value: Tensor) -> str | None:
+def unsupported(backend: str, query: Tensor | Layout, value: Tensor | Layout) -> str | None:
     """Why `backend` does not cover this dtype or head size, or None if it does."""
     if backend != "triton":
         return None
@@ -56,7 +58,7 @@ def unsupported(backend: str, query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def resolve(backend: str | None, query: Tensor, value: Tensor) -> str:
+def resolve(backend: str | None, query: Tensor | Layout, value: Tensor | Layout) -> str:
     """The backend that serves these tensors.  An explicit request is granted or refused, never replaced.
 
     The choice is "triton" for CUDA and ROCm tensors that its kernels cover, else "torch".
@@ -83,7 +85,25 @@ def backends() -> dict[str, str | None]:
     return {name: unavailable(name) for name in BACKENDS}
 
 
+def prepare(
+    backend: str | None,
+    query: Layout,
+    key: Layout,
+    value: Layout,
+    rpb: Layout | None,
+    window: Neighborhood,
+    scale: float,
+    *,
+    with_lse: bool = True,
+) -> Forward:
+    """The forward pass of the `resolve`d backend for tensors of these layouts, see `tiled.prepare`."""
+    name = resolve(backend, query, value)
+    return implementation(name).prepare(query, key, value, rpb, window, scale, with_lse)
+
+
 @cache
 def implementation(backend: str) -> ModuleType:
-    """The module behind an operator backend (the reference is not one: autograd differentiates it)."""
-    return tiled if backend == "torch" else importlib.import_module(".fused", __package__)
+    """The module behind a backend."""
+    if backend == "triton":
+        return importlib.import_module(".fused", __package__)
+    return reference if backend == "reference" else tiled

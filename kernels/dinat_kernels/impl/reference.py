@@ -8,12 +8,14 @@ arithmetic of `geometry.visible_range` and the choice of precision.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..geometry import Neighborhood, group_length, visible_range
+from .layout import Forward, Layout
 from .precision import without_autocast, working_dtype
 
 
@@ -76,3 +78,10 @@ def attention(
     out = (logits.softmax(-1) @ v).transpose(1, 2).unflatten(1, spatial)
     lse = logits.logsumexp(-1).transpose(1, 2).unflatten(1, spatial)
     return out.to(value.dtype).contiguous(), lse.contiguous()
+
+
+def prepare(
+    query: Layout, key: Layout, value: Layout, rpb: Layout | None, window: Neighborhood, scale: float, with_lse: bool
+) -> Forward:
+    """See `tiled.prepare`."""
+    return partial(attention, window=window, scale=scale)

@@ -3,6 +3,6 @@
 Importing this package imports Triton.
 """
 
-from .launch import attention, attention_backward
+from .launch import attention_backward, prepare
 
-__all__ = ["attention", "attention_backward"]
+__all__ = ["attention_backward", "prepare"]

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Neighborhood, group_length, seeing_range, visible_range
+from .. import layout
 from .backward import key_kernel, query_kernel
 from .configs import ProblemClass, choose, next_power_of_two
 from .forward import forward_kernel
@@ -254,6 +255,19 @@ def attention(
         plan = _plan("forward", *_problem(inputs, rpb, window, scale))
         _launch(plan, (*inputs, _table(rpb, out), out, lse), scale)
     return out, lse
+
+
+def prepare(
+    query: layout.Layout,
+    key: layout.Layout,
+    value: layout.Layout,
+    rpb: layout.Layout | None,
+    window: Neighborhood,
+    scale: float,
+    with_lse: bool,
+) -> layout.Forward:
+    """See `tiled.prepare`.  Nothing is prepared here: the plan of a launch also depends on PyTorch's settings."""
+    return partial(attention, window=window, scale=scale)
 
 
 def attention_backward(

@@ -1,0 +1,173 @@
+"""Tiles in elementary operations: any device and dtype, grouped queries, tracing, and the backward pass.
+
+Only the logits of one chunk of tiles exist at a time, in the backward pass too, which recomputes them from lse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...geometry import Neighborhood
+from ..precision import without_autocast, working_dtype
+from .plan import Costs, plan_of
+
+# Logits of a chunk: 1 MB in float32.  Larger chunks leave the cache and page-fault on every allocation.
+_CHUNK = 1 << 18
+# Measured, k = 7.
+_COSTS = Costs(key=64, block=0, image=0)
+
+
+def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
+    """(batch, *spatial, heads, dim) to (batch, kv_heads, heads // kv_heads, tokens, dim), a view."""
+    x = x.flatten(1, -3)
+    return x.unflatten(2, (kv_heads, x.shape[2] // kv_heads)).permute(0, 2, 3, 1, 4)
+
+
+def _gather(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Tiles of `x`: (batch, kv_heads, group, tokens, dim) and index (tiles, slots) to (..., tiles, group * slots, dim).
+
+    The heads of a group follow one another in the slots, so that they share one matrix product with their key head.
+    """
+    x = x.index_select(3, index.flatten()).to(dtype).unflatten(3, index.shape)
+    return x.transpose(2, 3).flatten(3, 4)
+
+
+def _ungather(tiles: Tensor, slot: Tensor, heads: int) -> Tensor:
+    """Undo `_gather` for queries: (batch, kv_heads, tiles, group * slots, dim) to (batch, tokens, heads, dim)."""
+    batch, kv_heads, count, rows, dim = tiles.shape
+    group = heads // kv_heads
+    tiles = tiles.view(batch, kv_heads, count, group, rows // group, dim).permute(0, 2, 4, 1, 3, 5)
+    return tiles.flatten(1, 2).index_select(1, slot).flatten(2, 3)
+
+
+def _group_bias(bias: Tensor, kv_heads: int, heads: int) -> Tensor:
+    """(heads or 1, tiles, slots, keys) to (kv_heads or 1, tiles, group * slots, keys), the layout of the logits."""
+    if bias.shape[0] == 1:
+        return bias.repeat(1, 1, heads // kv_heads, 1)
+    return bias.unflatten(0, (kv_heads, heads // kv_heads)).transpose(1, 2).flatten(2, 3)
+
+
+def _logits(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """(batch, kv_heads, tiles, queries, dim) and (..., keys, dim) to (..., queries, keys)."""
+    logits = query @ key.transpose(-2, -1)
+    return logits if bias is None else logits.add_(bias)
+
+
+def _assemble(grid: list[list[Tensor]], dim: int) -> Tensor:
+    """Join chunks, one list of image chunks for every chunk of rows; `dim` is that of the tiles."""
+    rows = [images[0] if len(images) == 1 else torch.cat(images) for images in grid]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim=dim)
+
+
+@without_autocast
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    window: Neighborhood,
+    scale: float,
+    *,
+    dropout_p: float = 0.0,
+    chunk: int | None = _CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """Forward pass in elementary operations, which can be traced, exported and differentiated by autograd.
+
+    Arguments and results as `reference.attention`.  Differentiated by autograd, it keeps the logits;
+    `attention_backward` does not.
+
+    Args:
+        dropout_p: probability of zeroing an attention weight; the others are scaled by `1 / (1 - dropout_p)`.
+        chunk: the largest number of logits that exist at a time. None computes all at once, with no loop over the
+            batch; lse has its exact gradient only then.
+    """
+    batch, *spatial, heads, _ = query.shape
+    kv_heads, dtype, device = key.shape[-2], working_dtype(query.dtype), query.device
+    plan = plan_of(tuple(spatial), window, _COSTS)
+    q, k, v = (_split_heads(x, kv_heads) for x in (query, key, value))
+    bias = plan.bias(rpb, dtype, device)
+    row_chunks, image_chunks = plan.chunks(heads, batch, chunk)
+    outs: list[list[Tensor]] = []
+    lses: list[list[Tensor]] = []
+    for rows in row_chunks:
+        query_index, key_index = (plan.tensor(name, device=device)[plan.tiles(rows)] for name in ("query", "key"))
+        tile_bias = None if bias is None else _group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
+        outs.append([])
+        lses.append([])
+        for images in image_chunks:
+            logits = _logits(
+                _gather(q[images], query_index, dtype) * scale, _gather(k[images], key_index, dtype), tile_bias
+            )
+            weights = logits.softmax(-1)
+            if chunk is None:
+                lses[-1].append(logits.logsumexp(-1, keepdim=True))
+            else:
+                # The largest weight is exp(largest logit - lse). Not for autograd, which splits gradients among ties,
+                # but twice as fast as logsumexp, which exponentiates again.
+                lses[-1].append(logits.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log())
+            weights = F.dropout(weights, dropout_p) if dropout_p else weights
+            outs[-1].append(weights @ _gather(v[images], key_index, dtype))
+    slot = plan.tensor("slot", device=device)
+    out = _ungather(_assemble(outs, dim=2), slot, heads).to(value.dtype)
+    lse = _ungather(_assemble(lses, dim=2), slot, heads)
+    return out.reshape(*query.shape[:-1], value.shape[-1]), lse.reshape(query.shape[:-1])
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: Neighborhood,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `attention` with respect to query, key, value and rpb, given those of out and lse."""
+    batch, *spatial, heads, _ = query.shape
+    kv_heads, dtype, device = key.shape[-2], working_dtype(query.dtype), query.device
+    plan = plan_of(tuple(spatial), window, _COSTS)
+    q, k, v, grad_o = (_split_heads(x, kv_heads) for x in (query, key, value, grad_out))
+    # d logits = weights * (d weights - delta), where delta = rowsum(d out * out); lse adds its gradient to every logit.
+    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1) - grad_lse
+    row_terms = _split_heads(torch.stack((lse, delta), -1), kv_heads)
+    bias = plan.bias(rpb, dtype, device)
+    owner = plan.tensor("owner", device=device) if plan.overlapping else None
+
+    grad_q: list[list[Tensor]] = []
+    grad_k = torch.zeros(key.shape, dtype=dtype, device=device)
+    grad_v = torch.zeros(value.shape, dtype=dtype, device=device)
+    grad_rpb = None if rpb is None else torch.zeros(rpb.shape, dtype=dtype, device=device)
+    row_chunks, image_chunks = plan.chunks(heads, batch, _CHUNK)
+    for rows in row_chunks:
+        tiles = plan.tiles(rows)
+        query_index, key_index = (plan.tensor(name, device=device)[tiles] for name in ("query", "key"))
+        tile_bias = None if bias is None else _group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
+        grad_q.append([])
+        for images in image_chunks:
+            query_tiles = _gather(q[images], query_index, dtype) * scale
+            key_tiles = _gather(k[images], key_index, dtype)
+            out_tiles = _gather(grad_o[images], query_index, dtype)
+            lse_tiles, delta_tiles = _gather(row_terms[images], query_index, dtype).split(1, -1)
+            weights = _logits(query_tiles, key_tiles, tile_bias).sub_(lse_tiles).exp_()
+            if owner is not None:  # a token in two query slots: only one of them may send gradients
+                weights = weights.unflatten(3, (heads // kv_heads, -1)).mul_(owner[tiles, None, :, None]).flatten(3, 4)
+            grad_logits = out_tiles @ _gather(v[images], key_index, dtype).transpose(-2, -1)
+            grad_logits = grad_logits.sub_(delta_tiles).mul_(weights)
+            grad_q[-1].append((grad_logits @ key_tiles) * scale)
+            plan.add_key_grad_(grad_k[images], grad_logits.transpose(-2, -1) @ query_tiles, rows)
+            plan.add_key_grad_(grad_v[images], weights.transpose(-2, -1) @ out_tiles, rows)
+            if grad_rpb is not None:
+                grad_bias = grad_logits.sum(0).unflatten(2, (heads // kv_heads, -1)).transpose(1, 2).flatten(0, 1)
+                grad_rpb += plan.sum_bias_grad(grad_bias, rows)
+    grad_query = _ungather(_assemble(grad_q, dim=2), plan.tensor("slot", device=device), heads).reshape(query.shape)
+    return (
+        grad_query.to(query.dtype),
+        grad_k.to(key.dtype),
+        grad_v.to(value.dtype),
+        None if grad_rpb is None else grad_rpb.to(rpb.dtype),
+    )
