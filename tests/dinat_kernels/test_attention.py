@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dinat_kernels import na1d, na2d, na3d
+from dinat_kernels import functional, na1d, na2d, na3d
 from dinat_kernels.geometry import make_neighborhood
 from dinat_kernels.impl import tiled
 from dinat_kernels.impl.layout import Layout
@@ -127,6 +127,8 @@ def test_tiled_matches_the_definition(seed, monkeypatch):
     torch.manual_seed(seed)
     if seed % 2:  # several chunks of work even at this size
         monkeypatch.setattr(unrolled, "_CHUNK", 200)
+        monkeypatch.setattr(cpu, "_SCRATCH", 2_000)
+        monkeypatch.setattr(cpu, "_BIAS_CHUNK", 200)
     p = random_problem(seed)
     inputs, grads = random_inputs(p), output_gradients(p)
     actual = run_with_gradients(p, inputs, "torch", grads)
@@ -327,3 +329,52 @@ def test_kept_biases_are_bounded(monkeypatch):
         na2d(q, k, v, 7, rpb=rpb, backend="torch")
     assert len(cache._entries) == 4
     assert cache._bytes == sum(bias.nbytes for _, bias in cache._entries.values())
+
+
+def _packed(*shape):
+    return torch.randn(*shape[:-2], 3, *shape[-2:]).unbind(-3)
+
+
+def _neighbors_by_chance(*shape):
+    """Key and value follow the query in memory as in a packed projection, but PyTorch knows of three storages."""
+    memory = torch.randn(math.prod(shape) * 3).numpy()
+    width, tokens = math.prod(shape[-2:]), math.prod(shape[:-2])
+    rows = (torch.from_numpy(memory[i * width :]) for i in range(3))
+    return [x[: (tokens - 1) * 3 * width + width].as_strided((tokens, width), (3 * width, 1)).view(shape) for x in rows]
+
+
+LAYOUTS = {
+    "contiguous": lambda *shape: [torch.randn(shape) for _ in range(3)],
+    "packed": _packed,
+    "neighbors by chance": _neighbors_by_chance,
+    "heads first": lambda *s: [torch.randn(s[0], s[3], *s[1:3], s[4]).permute(0, 2, 3, 1, 4) for _ in range(3)],
+    "width first": lambda *s: [torch.randn(s[0], s[2], s[1], *s[3:]).transpose(1, 2) for _ in range(3)],
+    "last dimension strided": lambda *s: [torch.randn(*s[:4], 2 * s[4])[..., ::2] for _ in range(3)],
+    "mixed": lambda *s: [_packed(*s)[1], torch.randn(s), torch.randn(*s[:3], 2 * s[3], s[4])[:, :, :, ::2]],
+    "one image of more": lambda *s: [x[: s[0]] for x in _packed(s[0] + 2, *s[1:])],
+    "every other image": lambda *s: [x[::2] for x in _packed(2 * s[0], *s[1:])],
+}
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["", "small chunks"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_the_fused_path(layout, batch, small, monkeypatch):
+    """Whole maps, dense groups and halos, wherever q, k and v lie; results are contiguous, as the op's fake says."""
+    if small:  # several calls, of some images or some rows of tiles
+        monkeypatch.setattr(cpu, "_SCRATCH", 40_000)
+        monkeypatch.setattr(cpu, "_BIAS_CHUNK", 5_000)
+    functional._prepare.cache_clear()
+    torch.manual_seed(0)
+    for size, dilation in [((7, 9), 1), ((14, 15), 2), ((21, 17), 1)]:
+        q, k, v = LAYOUTS[layout](batch, *size, 2, 8)
+        for rpb in (None, torch.randn(2, 13, 13), torch.randn(2, 13, 26)[..., ::2]):
+            for _ in range(2):  # prepared, and found again
+                out, lse = na2d(q, k, v, 7, dilation=dilation, rpb=rpb, return_lse=True, backend="torch")
+                expected = na2d(q, k, v, 7, dilation=dilation, rpb=rpb, return_lse=True, backend="reference")
+                torch.testing.assert_close((out, lse), expected, atol=2e-5, rtol=0)
+                assert out.is_contiguous()
+                assert lse.is_contiguous()
+                out = na2d(q, k, v, 7, dilation=dilation, rpb=rpb, backend="torch")
+                torch.testing.assert_close(out, expected[0], atol=2e-5, rtol=0)
+    functional._prepare.cache_clear()

@@ -6,11 +6,12 @@ What depends on layouts alone is prepared once: on small maps a call takes about
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,51 +144,103 @@ def _whole_map(
     return run
 
 
+class _Chunk(NamedTuple):
+    """Tiles that one call of the fused attention computes, of every image."""
+
+    sources: list[tuple[slice, Tensor, int]]  # which of query, key and value; their tokens; slots of a tile
+    tokens: Tensor | None  # whose results these tiles have, None for all
+    slots: Tensor  # where they are in the flattened tiles
+
+
+def _chunk(plan: Plan, rows: slice, device: torch.device) -> _Chunk:
+    query, key = (plan.tensor(name, device=device)[plan.tiles(rows)].flatten() for name in ("query", "key"))
+    sources = [(slice(0, 1), query, plan.query_slots), (slice(1, 3), key, plan.key_slots)]
+    if plan.same_tokens:
+        sources = [(slice(0, 3), query, plan.query_slots)]
+    if rows == slice(0, plan.counts[0]):
+        return _Chunk(sources, None, plan.tensor("slot", device=device))
+    return _Chunk(sources, *plan.owned(rows))
+
+
 def _tiles(
     plan: Plan, layout: Layout, of_rpb: Layout | None, scale: float, with_lse: bool, views: Sequence[_View]
 ) -> Forward:
     """A map of several tiles, whose tokens are gathered."""
     key_of_bias, make_bias = _bias_source(plan, layout, of_rpb)
     batch, *_, heads, dim = layout.shape
-    tokens, width = math.prod(plan.spatial), heads * dim
-    gathered = math.prod(plan.counts) * (plan.query_slots + 2 * plan.key_slots) * width  # elements of an image
+    tokens, width, device = math.prod(plan.spatial), heads * dim, layout.device
     if plan.uniform or key_of_bias is None:  # all tiles of all images share the bias
-        row_chunks, step = [slice(0, plan.counts[0])], max(1, _SCRATCH // (gathered * layout.dtype.itemsize))
+        slots = math.prod(plan.counts) * (plan.query_slots + 2 * plan.key_slots)
+        row_chunks, step = [slice(0, plan.counts[0])], max(1, _SCRATCH // (slots * width * layout.dtype.itemsize))
     else:
         row_chunks, step = plan.chunks(heads, 1, _BIAS_CHUNK)[0], 1
     image_chunks = slices(batch, step)
+    whole = _chunk(plan, row_chunks[0], device) if len(row_chunks) == 1 else None
+
+    def gather(chunk: _Chunk, matrices: list[list[Tensor]], images: slice) -> list[Tensor]:
+        """Tiles (images * tiles, heads, slots, dim) of query, key and value, in memory that is used again."""
+        count = images.stop - images.start
+        memory = _scratch.get(
+            count * width * sum(len(index) * (part.stop - part.start) for part, index, _ in chunk.sources), layout.dtype
+        )
+        tiles = []
+        for (_, index, slots), group in zip(chunk.sources, matrices, strict=True):
+            index = _of_images(index, count, tokens)
+            for matrix in group:
+                part = memory[: len(index) * matrix.shape[1]].view(len(index), -1)
+                memory = memory[part.numel() :]
+                torch.index_select(matrix.narrow(0, images.start * tokens, count * tokens), 0, index, out=part)
+                tiles += part.view(-1, slots, part.shape[1] // width, heads, dim).permute(2, 0, 3, 1, 4).unbind()
+        return tiles
+
+    def scatter(chunk: _Chunk, tiles: Tensor, result: Tensor) -> None:
+        """Write tiles (images * tiles, heads, slots, ...) to `result` (images, tokens, columns)."""
+        count, _, columns = result.shape
+        tiles = tiles.transpose(1, 2).reshape(-1, columns)
+        index = _of_images(chunk.slots, count, len(tiles) // count)
+        if chunk.tokens is None:
+            torch.index_select(tiles, 0, index, out=result.view(-1, columns))
+        else:
+            result.index_copy_(1, chunk.tokens, tiles.index_select(0, index).view(count, -1, columns))
 
     def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if plan.same_tokens:
-            matrices = [_side_by_side((query, key, value), views)]
-        else:
-            matrices = [_side_by_side((query,), views[:1]), _side_by_side((key, value), views[1:])]
+        tensors = query, key, value
         out = torch.empty((batch, tokens, width), dtype=layout.dtype)
         lse = torch.empty((batch, tokens, heads), dtype=working_dtype(layout.dtype)) if with_lse else None
         for rows in row_chunks:
-            if len(row_chunks) == 1 and key_of_bias:
-                bias = _biases.get(key_of_bias, rpb, make_bias)
-            else:  # a large map's would push out all others
-                bias = make_bias(rpb, rows)
-            indices = [plan.tensor(name, device=layout.device)[plan.tiles(rows)] for name in ("query", "key")]
-            owned, slot = (
-                (None, plan.tensor("slot", device=layout.device)) if len(row_chunks) == 1 else plan.owned(rows)
-            )
+            if whole is not None:
+                chunk, bias = whole, _biases.get(key_of_bias, rpb, make_bias) if key_of_bias else None
+            else:  # a large map, whose bias would push all others out
+                chunk, bias = _chunk(plan, rows, device), make_bias(rpb, rows)
+            matrices = [_side_by_side(tensors[part], views[part], width) for part, *_ in chunk.sources]
             for images in image_chunks:
-                taken = _gather(matrices, indices, images, batch, layout)
-                results = _fused(*taken, attn_mask=bias, scale=scale)
-                for result, tiles in zip((out, lse), results, strict=True):
-                    if result is None:
-                        continue
-                    tiles = tiles.transpose(1, 2).reshape(-1, result.shape[-1])
-                    if owned is None:
-                        _select(tiles, slot, result[images])
-                    else:
-                        picked = tiles.new_empty((images.stop - images.start, len(slot), result.shape[-1]))
-                        result[images].index_copy_(1, owned, _select(tiles, slot, picked))
-        return out.view(layout.shape), None if lse is None else lse.view(layout.shape[:-1])
+                results = _fused(*gather(chunk, matrices, images), attn_mask=bias, scale=scale)
+                scatter(chunk, results[0], out[images])
+                if with_lse:
+                    scatter(chunk, results[1], lse[images])
+        return out.view(layout.shape), lse.view(layout.shape[:-1]) if with_lse else None
 
     return run
+
+
+def _of_images(index: Tensor, images: int, rows: int) -> Tensor:
+    """Where `index` points to in each of some images of `rows` rows that lie one below the other."""
+    return index if images == 1 else (index + rows * torch.arange(images)[:, None]).flatten()
+
+
+def _side_by_side(tensors: Sequence[Tensor], views: Sequence[_View], width: int) -> list[Tensor]:
+    """The matrices of `views`; one for all if they stand column by column in memory, as in a packed projection."""
+    shape, (step, _) = views[0]
+    gap, count = width * tensors[0].element_size(), len(tensors)
+    address = tensors[0].data_ptr()
+    if (
+        step >= count * width
+        and all(view == views[0] for view in views[1:])
+        and all(x.data_ptr() == address + i * gap for i, x in enumerate(tensors))
+    ):
+        with suppress(RuntimeError):  # neighbors by chance, each in a storage of its own
+            return [tensors[0].as_strided((shape[0], count * width), (step, 1))]
+    return [x.as_strided(*view) for x, view in zip(tensors, views, strict=True)]
 
 
 class _Scratch(threading.local):
@@ -208,54 +261,6 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
-
-
-def _gather(
-    matrices: list[list[Tensor]], indices: list[Tensor], images: slice, batch: int, layout: Layout
-) -> list[Tensor]:
-    """Query, key and value tiles (images * tiles, heads, slots, dim) of some images, valid until the next call.
-
-    Args:
-        matrices: of the tensors to gather with each of `indices`; with the first alone if there is one list.
-        indices: (tiles, slots), tokens of an image.
-    """
-    *_, heads, dim = layout.shape
-    count, width = images.stop - images.start, heads * dim
-    sizes = [count * index.numel() * m.shape[1] for group, index in zip(matrices, indices, strict=False) for m in group]
-    spaces = iter(_scratch.get(sum(sizes), layout.dtype).split(sizes))
-    taken = []
-    for group, index in zip(matrices, indices, strict=False):
-        for matrix in group:
-            tokens, columns = len(matrix) // batch, matrix.shape[1]
-            rows = matrix.narrow(0, images.start * tokens, count * tokens)
-            tiles = _select(rows, index.flatten(), next(spaces).view(count, index.numel(), columns))
-            shape = (count * len(index), index.shape[1], columns // width, heads, dim)
-            taken += tiles.view(shape).permute(2, 0, 3, 1, 4).unbind()
-    return taken
-
-
-def _side_by_side(tensors: Sequence[Tensor], views: Sequence[_View]) -> list[Tensor]:
-    """The matrices of `views`; one for all if they stand column by column in memory, as in a packed projection."""
-    first, (shape, (step, _)) = tensors[0], views[0]
-    width, count = shape[1], len(tensors)
-    if (
-        count > 1
-        and step >= count * width
-        and all(view == views[0] for view in views)
-        and all(b.data_ptr() - a.data_ptr() == width * first.element_size() for a, b in itertools.pairwise(tensors))
-        and all(x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for x in tensors)
-    ):
-        return [first.as_strided((shape[0], count * width), (step, 1))]
-    return [x.as_strided(*view) for x, view in zip(tensors, views, strict=True)]
-
-
-def _select(matrix: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """Rows `index` of each image that `matrix` holds, one below the other, into `out` (images, rows, columns)."""
-    images = len(out)
-    if images > 1:
-        index = (index + len(matrix) // images * torch.arange(images)[:, None]).flatten()
-    torch.index_select(matrix, 0, index, out=out.view(-1, out.shape[-1]))
-    return out
 
 
 def _bias_source(plan: Plan, layout: Layout, of_rpb: Layout | None) -> tuple[Hashable, Callable[..., Tensor | None]]:
