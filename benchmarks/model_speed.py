@@ -5,8 +5,8 @@
     PYTHONPATH=.:kernels python benchmarks/model_speed.py --scale
 
 "inference" is a forward pass in inference mode; "training" a forward pass, a cross entropy and a backward pass, without
-optimizer, stochastic depth off.  A GPU takes images and models in channels_last and bf16 (training: autocast of float32
-weights), the CPU in float32; "compiled" is `torch.compile`, by inductor.  Times are medians with 20th and 80th
+optimizer, stochastic depth off.  Images and models are in channels_last.  A GPU takes bf16 (training: autocast of
+float32 weights), the CPU float32; "compiled" is `torch.compile`, by inductor.  Times are medians with 20th and 80th
 percentiles, in milliseconds a batch.
 
 `speed` is the throughput over that of the first model, sampled in turn: above 1, the model is faster.
@@ -46,9 +46,8 @@ def build(name: str, pixels: int, batch: int, mode: str, device: str, compiled: 
     training = mode == "training"
     model = timm.create_model(name, drop_path_rate=0.0).train(training)
     images = torch.randn(batch, 3, pixels, pixels)
-    if device == "cuda":
-        options = dict(device=device, memory_format=torch.channels_last)
-        model, images = (x.to(**options, dtype=None if training else torch.bfloat16) for x in (model, images))
+    dtype = torch.bfloat16 if device == "cuda" and not training else torch.float32
+    model, images = (x.to(device, dtype, memory_format=torch.channels_last) for x in (model, images))
     targets = torch.randint(1000, (batch,), device=device)
     run = torch.compile(model) if compiled else model
     if not training:

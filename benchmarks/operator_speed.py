@@ -4,14 +4,15 @@
     PYTHONPATH=.:kernels python benchmarks/operator_speed.py --device cpu --models dinat_tiny maps --batch 1 8
 
 Peers, in the same process: dense scaled dot-product attention ("dense_sdpa": every token sees every token; "+rpb":
-with bias and mask as one additive tensor, so it computes what the operator does), a gather of every query's keys,
-NATTEN where it is installed (without bias, which it does not have), and FlexAttention (compiled; same mask and bias;
-not by default on the CPU).  A peer that cannot run a problem leaves a line on the screen and no row.
+with bias and mask as one additive tensor, so it computes what the operator does), the same as models call it, from and
+to the operator's layout ("dense_views"), a gather of every query's keys, NATTEN where it is installed (without bias,
+which it does not have), and FlexAttention (compiled; same mask and bias; not by default on the CPU).  A peer that
+cannot run a problem leaves a line on the screen and no row.
 
-What is timed: the call alone.  The operator and NATTEN take views of one packed projection, (batch, height, width,
-heads, dim), and return that layout; the dense peers and FlexAttention get and return theirs, contiguous (batch, heads,
-tokens, dim).  Masks and indices are made beforehand; so is the additive tensor, except in training, where the bias
-table wants a gradient.  bf16 on a GPU, float32 on the CPU.
+What is timed: the call alone.  The operator, "dense_views" and NATTEN take views of one packed projection, (batch,
+height, width, heads, dim), and return that layout; "dense_sdpa" and FlexAttention get and return the one they like
+best, contiguous (batch, heads, tokens, dim), which no projection writes.  Masks and indices are made beforehand; so is
+the additive tensor, except in training, where the bias table wants a gradient.  bf16 on a GPU, float32 on the CPU.
 
 A "forward" pass is in inference mode; "training" is a forward and a backward pass with the gradients of q, k, v and the
 bias.  Times are medians with 20th and 80th percentiles, in microseconds; on a GPU the L2 cache is cleared before each.
@@ -95,6 +96,23 @@ def flex(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Cal
 def dense(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Callable[[], Tensor]:
     if rpb is None:
         return lambda: F.scaled_dot_product_attention(q, k, v)
+    bias = dense_bias(p, q, rpb)
+    return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias())
+
+
+def dense_views(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor) -> Callable[[], Tensor]:
+    bias = dense_bias(p, q, rpb)
+
+    def run() -> Tensor:
+        heads_first = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, attn_mask=bias())
+        return out.transpose(1, 2).unflatten(1, (p.side, p.side))
+
+    return run
+
+
+def dense_bias(p: Problem, q: Tensor, rpb: Tensor) -> Callable[[], Tensor]:
+    """Bias and mask of all pairs as one tensor, made beforehand unless the table wants a gradient."""
     device = q.device.type
     logits = p.side**4 * p.heads * (len(q) if rpb.requires_grad else 1)  # in training, PyTorch keeps them
     if p.side**4 * p.heads > LARGEST_MASK or logits > LARGEST[device]:
@@ -108,8 +126,10 @@ def dense(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Ca
         bias = rpb[:, entry[:, None, :, None], entry[None, :, None, :]]
         return torch.where(mask, bias, float("-inf")).flatten(3, 4).flatten(1, 2)[None]
 
-    ready = None if rpb.requires_grad else bias()
-    return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias() if ready is None else ready)
+    if rpb.requires_grad:
+        return bias
+    ready = bias()
+    return lambda: ready
 
 
 def gather(p: Problem, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None) -> Callable[[], Tensor]:
@@ -144,12 +164,15 @@ KERNELS = {
     "triton": (fused, False, (True, False)),
     "torch": (tiled, False, (True, False)),
     "dense_sdpa": (dense, True, (False, True)),
+    "dense_views": (dense_views, False, (True,)),
     "gather": (gather, False, (True,)),
     "natten": (natten, False, (False,)),
     "flex": (flex, True, (True,)),
 }
 DEFAULTS = {
-    "cpu": dict(models=["dinat_tiny", "maps"], batch=[1, 8], kernels=["torch", "dense_sdpa", "gather", "natten"]),
+    "cpu": dict(
+        models=["dinat_tiny", "maps"], batch=[1, 8], kernels=["torch", "dense_sdpa", "dense_views", "gather", "natten"]
+    ),
     "cuda": dict(models=list(GROUPS), batch=[1, 16, 128], kernels=list(KERNELS)),
 }
 
