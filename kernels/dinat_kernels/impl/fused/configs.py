@@ -71,13 +71,17 @@ _SHIPPED = {
     "query": (
         ("", 16, True, 32, 64, Config(64, 64, 4, 1)),
         ("gfx", 16, False, 64, 128, Config(16, 128, 4, 1)),
+        ("sm_10", 16, True, 32, 128, Config(16, 256, 16, 1)),
         ("sm_10", 16, False, 64, 128, Config(16, 256, 8, 1)),
         ("", 16, False, 32, 128, Config(16, 256, 4, 2)),
         ("", 16, False, 64, 128, Config(16, 256, 8, 1)),
         ("", 16, False, 64, math.inf, Config(32, 64, 4, 2)),
+        ("sm_8", 16, False, 128, math.inf, Config(16, 32, 4, 1)),
         ("", 16, False, 128, math.inf, Config(16, 32, 2, 1)),
+        ("sm_8", 32, False, 64, math.inf, Config(32, 32, 8, 1)),
         ("", 32, False, 64, math.inf, Config(32, 32, 4, 1)),
         ("gfx", 32, False, 128, math.inf, Config(16, 32, 2, 1)),
+        ("sm_9", 32, False, 128, math.inf, Config(32, 16, 4, 1)),
         ("", 32, False, 128, math.inf, Config(32, 32, 8, 1)),
     ),
     "key": (
@@ -91,6 +95,7 @@ _SHIPPED = {
         ("", 16, False, 128, math.inf, Config(32, 32, 4, 2)),
         ("", 32, False, 64, math.inf, Config(32, 32, 4, 1)),
         ("gfx", 32, False, 128, math.inf, Config(16, 32, 4, 1)),
+        ("sm_10", 32, False, 128, math.inf, Config(16, 16, 8, 1)),
         ("", 32, False, 128, math.inf, Config(16, 32, 8, 1)),
     ),
 }
