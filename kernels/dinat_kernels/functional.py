@@ -15,6 +15,7 @@ from .impl.layout import PREPARED, Forward, Layout, layouts_of, problem_of
 from .impl.precision import autocast_dtype, autocast_tensor
 from .impl.tiled import unrolled
 
+_HASHABLE = (int, bool, tuple)
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
 
@@ -81,6 +82,20 @@ def _scale(scale: float | None, query: Tensor | Layout) -> float:
 
 
 @lru_cache(maxsize=PREPARED)
+def _checked(
+    rank: int,
+    kernel_size: Ints,
+    dilation: Ints,
+    stride: Ints,
+    is_causal: Bools,
+    scale: float | None,
+    problem: tuple,
+) -> tuple[Neighborhood, float]:
+    """`_check` of the layouts in `problem`, which remembers what passed."""
+    return _check(rank, kernel_size, dilation, stride, is_causal, scale, *layouts_of(problem))
+
+
+@lru_cache(maxsize=PREPARED)
 def _prepare(
     rank: int,
     kernel_size: Ints,
@@ -88,13 +103,13 @@ def _prepare(
     stride: Ints,
     is_causal: Bools,
     scale: float | None,
+    problem: tuple,
     backend: str | None,
     with_lse: bool,
-    problem: tuple,
 ) -> Forward:
-    """What runs for tensors of these layouts (`problem_of` them), once all arguments are found to be right."""
+    """What runs for tensors of these layouts, once all arguments are found to be right."""
+    window, scale = _checked(rank, kernel_size, dilation, stride, is_causal, scale, problem)
     layouts = layouts_of(problem)
-    window, scale = _check(rank, kernel_size, dilation, stride, is_causal, scale, *layouts)
     if layouts[0].device.type == "meta":
         name = resolve(backend, layouts[0], layouts[2])
         return partial(ops.attention, window=window, scale=scale, backend=name)
@@ -115,13 +130,13 @@ def _attend(
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    for axes in (kernel_size, dilation, stride, is_causal):
+        if type(axes) not in _HASHABLE:
+            kernel_size, dilation, stride, is_causal = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
+            break
     if ops.is_plain(query, key, value, rpb):  # the dispatcher would come to the same, tens of microseconds later
         problem = problem_of(query, key, value, rpb)
-        try:
-            run = _prepare(rank, kernel_size, dilation, stride, is_causal, scale, backend, return_lse, problem)
-        except TypeError:  # a list, or no valid argument at all
-            window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
-            run = _prepare(rank, *window, scale, backend, return_lse, problem)
+        run = _prepare(rank, kernel_size, dilation, stride, is_causal, scale, problem, backend, return_lse)
         out, lse = run(query, key, value, rpb)
         return (out, lse) if return_lse else out
 
@@ -129,7 +144,10 @@ def _attend(
     if autocast is not None:  # the bias keeps its dtype: it is added to float32 logits
         query, key, value = (autocast_tensor(x, autocast) for x in (query, key, value))
     watched = ops.is_watched(query, key, value, rpb)
-    if watched and torch.jit.is_tracing():  # where sizes are tensors
+    if not watched:
+        problem = problem_of(query, key, value, rpb)
+        window, scale = _checked(rank, kernel_size, dilation, stride, is_causal, scale, problem)
+    elif torch.jit.is_tracing():  # where sizes are tensors
         window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
         scale = _scale(scale, query)
     else:

@@ -25,6 +25,11 @@ class Layout(NamedTuple):
         return self._replace(stride=tuple(stride))
 
 
+def layout_of(x: Tensor) -> Layout:
+    """The layout of a tensor."""
+    return Layout(x.shape, x.stride(), x.dtype, x.device)
+
+
 def problem_of(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple:
     """All layouts, in the form that is fastest to make and to look up."""
     if rpb is None:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Neighborhood, group_length, seeing_range, visible_range
-from .. import layout
+from ..layout import Forward, Layout, layout_of
 from .backward import key_kernel, query_kernel
 from .configs import ProblemClass, choose, next_power_of_two
 from .forward import forward_kernel
@@ -27,7 +27,7 @@ _REPEATED = 1.5
 _PROGRAMS = 2048
 _MAX_IMAGES = 16
 
-Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of a tensor
+Extents = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of a tensor
 
 
 class Plan(NamedTuple):
@@ -107,7 +107,7 @@ def images_per_program(batch: int, programs: int) -> int:
 
 def make_plan(
     kernel: str,
-    layouts: tuple[Layout, ...],
+    layouts: tuple[Extents, ...],
     dtype: torch.dtype,
     arch: str,
     window: Neighborhood,
@@ -149,11 +149,11 @@ def make_plan(
     slots = max(16, next_power_of_two(math.prod(tile)))
     warps = max(1, config.num_warps * slots * block // (next_power_of_two(config.tile) * config.block))
 
-    def strides(layout: Layout) -> tuple[int, ...]:
+    def strides(layout: Extents) -> tuple[int, ...]:
         batch_stride, *steps, head_stride, _ = layout[1]
         return (batch_stride, *[0] * unit, *steps, head_stride)
 
-    def extent(layout: Layout) -> int:
+    def extent(layout: Extents) -> int:
         return sum((n - 1) * step for n, step in zip(lengths, strides(layout)[1:-1], strict=True))
 
     constants = dict(
@@ -208,9 +208,9 @@ def _launch(plan: Plan, tensors: Sequence[Tensor], scale: float) -> None:
             compiled[plan.grid](*arguments)
 
 
-def _readable(x: Tensor) -> Tensor:
-    """`x` with a contiguous last dimension."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _is_readable(x: Layout) -> bool:
+    """Whether the last dimension is contiguous, as the kernels need it."""
+    return x.stride[-1] == 1 or x.shape[-1] == 1
 
 
 def _table(rpb: Tensor | None, unused: Tensor) -> Tensor:
@@ -220,54 +220,52 @@ def _table(rpb: Tensor | None, unused: Tensor) -> Tensor:
     return rpb.float().contiguous() if rpb.dtype == torch.float64 else rpb.contiguous()
 
 
-def _problem(tensors: Sequence[Tensor], rpb: Tensor | None, window: Neighborhood, scale: float) -> tuple:
-    """The arguments of `make_plan` but for the kernel."""
-    query = tensors[0]
-    tf32 = query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+def _problem(layouts: Sequence[Layout], has_rpb: bool, window: Neighborhood, scale: float) -> tuple:
+    """The arguments of `make_plan` but for the kernel and the precision."""
+    query = layouts[0]
+    sign = (scale > 0) - (scale < 0)
     return (
-        tuple([(x.shape, x.stride()) for x in tensors]),
+        tuple((x.shape, x.stride) for x in layouts),
         query.dtype,
         architecture(query.device),
         window,
-        rpb is not None,
-        (scale > 0) - (scale < 0),
-        "tf32" if tf32 and not torch.version.hip else "ieee",
+        has_rpb,
+        sign,
     )
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    window: Neighborhood,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Fused forward pass; arguments and results as `reference.attention`, in float16, bfloat16 or float32.
+def _precision(dtype: torch.dtype) -> str:
+    """Of float32 products, as PyTorch is set: "ieee" or "tf32"."""
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def prepare(
+    query: Layout, key: Layout, value: Layout, rpb: Layout | None, window: Neighborhood, scale: float, with_lse: bool
+) -> Forward:
+    """Fused forward pass, see `tiled.prepare`, in float16, bfloat16 or float32.
 
     Reads query, key and value where they are if their last dimension is contiguous, whatever the other strides, and
     allocates nothing but the results.  Deterministic.
     """
-    inputs = [_readable(x) for x in (query, key, value)]
-    out = value.new_empty((*query.shape[:-1], value.shape[-1]))
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    if out.numel():
-        plan = _plan("forward", *_problem(inputs, rpb, window, scale))
-        _launch(plan, (*inputs, _table(rpb, out), out, lse), scale)
-    return out, lse
+    inputs = query, key, value
+    if not all(map(_is_readable, inputs)):
+        run = prepare(*(x.contiguous() for x in inputs), rpb, window, scale, with_lse)
+        return lambda query, key, value, rpb: run(query.contiguous(), key.contiguous(), value.contiguous(), rpb)
 
+    dtype, device, out_shape = query.dtype, query.device, (*query.shape[:-1], value.shape[-1])
+    problem = "forward", *_problem(inputs, rpb is not None, window, scale)
 
-def prepare(
-    query: layout.Layout,
-    key: layout.Layout,
-    value: layout.Layout,
-    rpb: layout.Layout | None,
-    window: Neighborhood,
-    scale: float,
-    with_lse: bool,
-) -> layout.Forward:
-    """See `tiled.prepare`.  Nothing is prepared here: the plan of a launch also depends on PyTorch's settings."""
-    return partial(attention, window=window, scale=scale)
+    def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = torch.empty(out_shape, dtype=dtype, device=device)
+        lse = torch.empty(out_shape[:-1], dtype=torch.float32, device=device)
+        if out.numel():
+            plan = _plan(*problem, _precision(dtype))
+            _launch(plan, (query, key, value, _table(rpb, out), out, lse), scale)
+        return out, lse
+
+    return run
 
 
 def attention_backward(
@@ -287,13 +285,13 @@ def attention_backward(
     Recomputes the weights from lse.  Allocates the gradients, one float32 per query and head, and, with a bias, a table
     for every program.  Deterministic: no atomics, and all sums have a fixed order.
     """
-    inputs = [_readable(x) for x in (query, key, value, grad_out)]
+    inputs = [x if _is_readable(layout_of(x)) else x.contiguous() for x in (query, key, value, grad_out)]
     out, lse, grad_lse = (x.contiguous() for x in (out, lse, grad_lse))
     grads = [x.new_empty(x.shape) for x in (query, key, value)]
     if not out.numel():
         return *grads, None if rpb is None else torch.zeros_like(rpb)
     delta = torch.empty_like(lse)
-    problem = _problem(inputs, rpb, window, scale)
+    problem = *_problem([layout_of(x) for x in inputs], rpb is not None, window, scale), _precision(query.dtype)
     inputs.insert(3, _table(rpb, out))
 
     def run_query_kernel(plan: Plan) -> Tensor | None:
