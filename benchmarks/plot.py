@@ -37,6 +37,7 @@ PEER_ACCURACY = {
 PEERS = {  # kernel -> label, color
     "dense_sdpa": ("dense attention, no bias or mask", "#e69f00"),
     "dense_sdpa+rpb": ("dense attention, same bias and mask", "#d55e00"),
+    "dense_views+rpb": ("the same, as models call it", "#8b3a00"),
     "gather+rpb": ("gather", "#999999"),
     "natten": ("NATTEN, no bias", "#009e73"),
     "flex+rpb": ("FlexAttention, same bias and mask", "#cc79a7"),
