@@ -8,6 +8,7 @@ import datetime
 import itertools
 import math
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -110,19 +111,13 @@ def warmed(run: Callable[[], object], device: str) -> Callable[[], float]:
     """Warm up; returns what takes one sample: seconds per call."""
     run()
     repeats = math.ceil(SAMPLE / max(_seconds(run, device), 1e-6))
-
-    def sample() -> float:
-        if device == "cpu":  # what ran before has left its data in the caches
-            run()
-        return _seconds(run, device, repeats)
-
-    return sample
+    return lambda: _seconds(run, device, repeats)
 
 
 def interleaved(
     builders: Mapping[str, Callable[[], Callable[[], object]]], device: str, seconds: float, rounds: int
 ) -> dict[str, Timing]:
-    """Times of several things, sampled in turn (A B C A B C ...), so that what slows the machine slows them all.
+    """Times of several things, sampled in turn (A B C, B A C, ...), so that what slows the machine slows them all.
 
     `Timing.ratio` is the median over the turns of the time of one over that of the first.
 
@@ -138,9 +133,12 @@ def interleaved(
         except Exception as error:
             print(f"{name} left out: {type(error).__name__}: {str(error)[:100]}", flush=True)
     turns: list[list[float]] = []
+    order, shuffle = list(samplers), random.Random(0).shuffle
     end = time.perf_counter() + seconds
     while samplers and (len(turns) < rounds or time.perf_counter() < end):
-        turns.append([sample() for sample in samplers.values()])
+        shuffle(order)  # some leave caches and memory in a state that slows what comes next
+        turn = {name: samplers[name]() for name in order}
+        turns.append([turn[name] for name in samplers])
     timings = {}
     for name, times in zip(samplers, zip(*turns, strict=True), strict=True):
         p20, *_, p80 = statistics.quantiles(times, n=5, method="inclusive")
