@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -379,3 +380,22 @@ def test_layouts_of_the_fused_path(layout, batch, small, monkeypatch):
                 out = na2d(q, k, v, 7, dilation=dilation, rpb=rpb, backend="torch")
                 torch.testing.assert_close(out, expected[0], atol=2e-5, rtol=0)
     functional._prepare.cache_clear()
+
+
+def test_calls_from_several_threads():
+    """Kept biases are shared, memory for gathered tiles is each thread's own."""
+    problems = []
+    for side, dilation in [(14, 1), (14, 2), (21, 1), (28, 4)]:
+        q, k, v = torch.randn(2, side, side, 3, 2, 8).unbind(3)
+        rpb = torch.randn(2, 13, 13)
+        expected = na2d(q, k, v, 7, dilation=dilation, rpb=rpb, backend="reference")
+        problems.append((q, k, v, dilation, rpb, expected))
+
+    def largest_error(seed: int) -> float:
+        errors = []
+        for q, k, v, dilation, rpb, expected in random.Random(seed).choices(problems, k=40):
+            errors.append((na2d(q, k, v, 7, dilation=dilation, rpb=rpb, backend="torch") - expected).abs().max().item())
+        return max(errors)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(largest_error, range(4))) < 2e-5
