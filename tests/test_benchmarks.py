@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_operator(problem, tmp_path, monkeypatch):
     path = tmp_path / "operator.csv"
     run("operator_speed", *QUICK, "--models", "small", "--batch", 2, "--output", path)
     rows = read(path)
-    kernels = {"torch+rpb", "torch", "dense_sdpa", "dense_sdpa+rpb", "gather+rpb"}
+    kernels = {"torch+rpb", "torch", "dense_sdpa", "dense_sdpa+rpb", "dense_views+rpb", "gather+rpb"}
     assert {(row["pass"], row["kernel"]) for row in rows} >= {(p, k) for p in ("forward", "training") for k in kernels}
     run("operator_speed", *QUICK, "--models", "small", "--batch", 1, "--kernels", "torch", "--output", path)
     assert read(path)[: len(rows)] == rows  # files only grow
@@ -94,3 +95,11 @@ def test_pictures_are_of_the_committed_rows(tmp_path):
     for name in ("scale.png", "layers.png", "throughput.png"):
         drawn, committed = (Image.open(folder / name).info["Source"] for folder in (tmp_path, ROOT / "docs" / "images"))
         assert drawn == committed, "run benchmarks/plot.py"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_host_overhead():
+    """In a process of its own, as it lets Triton accept CPU tensors."""
+    command = [sys.executable, ROOT / "benchmarks" / "host_overhead.py"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[0] for line in printed.splitlines()] == ["addition", "inference", "autograd"]

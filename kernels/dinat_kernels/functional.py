@@ -15,7 +15,7 @@ from .impl.layout import PREPARED, Forward, Layout, layouts_of, problem_of
 from .impl.precision import autocast_dtype, autocast_tensor
 from .impl.tiled import unrolled
 
-_HASHABLE = (int, bool, tuple)
+_HASHABLE = (int, bool, tuple)  # what a window argument must be to be looked up; lists become tuples
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
 
@@ -82,33 +82,20 @@ def _scale(scale: float | None, query: Tensor | Layout) -> float:
 
 
 @lru_cache(maxsize=PREPARED)
-def _checked(
-    rank: int,
-    kernel_size: Ints,
-    dilation: Ints,
-    stride: Ints,
-    is_causal: Bools,
-    scale: float | None,
-    problem: tuple,
-) -> tuple[Neighborhood, float]:
-    """`_check` of the layouts in `problem`, which remembers what passed."""
-    return _check(rank, kernel_size, dilation, stride, is_causal, scale, *layouts_of(problem))
+def _checked(rank: int, arguments: tuple, problem: tuple) -> tuple[Neighborhood, float]:
+    """`_check`, which remembers what passed.
+
+    Args:
+        arguments: kernel_size, dilation, stride, is_causal and scale.
+        problem: the layouts, as `problem_of`.
+    """
+    return _check(rank, *arguments, *layouts_of(problem))
 
 
 @lru_cache(maxsize=PREPARED)
-def _prepare(
-    rank: int,
-    kernel_size: Ints,
-    dilation: Ints,
-    stride: Ints,
-    is_causal: Bools,
-    scale: float | None,
-    problem: tuple,
-    backend: str | None,
-    with_lse: bool,
-) -> Forward:
-    """What runs for tensors of these layouts, once all arguments are found to be right."""
-    window, scale = _checked(rank, kernel_size, dilation, stride, is_causal, scale, problem)
+def _prepare(rank: int, arguments: tuple, problem: tuple, backend: str | None, with_lse: bool) -> Forward:
+    """What runs for tensors of these layouts, once all arguments are found to be right; arguments as `_checked`."""
+    window, scale = _checked(rank, arguments, problem)
     layouts = layouts_of(problem)
     if layouts[0].device.type == "meta":
         name = resolve(backend, layouts[0], layouts[2])
@@ -135,9 +122,10 @@ def _attend(
             kernel_size, dilation, stride, is_causal = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
             break
     if ops.is_plain(query, key, value, rpb):  # the dispatcher would come to the same, tens of microseconds later
-        problem = problem_of(query, key, value, rpb)
-        run = _prepare(rank, kernel_size, dilation, stride, is_causal, scale, problem, backend, return_lse)
-        out, lse = run(query, key, value, rpb)
+        arguments = kernel_size, dilation, stride, is_causal, scale
+        out, lse = _prepare(rank, arguments, problem_of(query, key, value, rpb), backend, return_lse)(
+            query, key, value, rpb
+        )
         return (out, lse) if return_lse else out
 
     autocast = autocast_dtype(query.device.type)
@@ -145,8 +133,8 @@ def _attend(
         query, key, value = (autocast_tensor(x, autocast) for x in (query, key, value))
     watched = ops.is_watched(query, key, value, rpb)
     if not watched:
-        problem = problem_of(query, key, value, rpb)
-        window, scale = _checked(rank, kernel_size, dilation, stride, is_causal, scale, problem)
+        arguments = kernel_size, dilation, stride, is_causal, scale
+        window, scale = _checked(rank, arguments, problem_of(query, key, value, rpb))
     elif torch.jit.is_tracing():  # where sizes are tensors
         window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
         scale = _scale(scale, query)

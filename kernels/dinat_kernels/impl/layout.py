@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Of a tensor."""
+    """What is known of a tensor but its contents; strides in elements."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -32,36 +32,18 @@ def layout_of(x: Tensor) -> Layout:
 
 def problem_of(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple:
     """All layouts, in the form that is fastest to make and to look up."""
-    if rpb is None:
-        return (
-            *(query.shape, query.stride(), query.dtype, query.device),
-            *(key.shape, key.stride(), key.dtype, key.device),
-            *(value.shape, value.stride(), value.dtype, value.device),
-        )
     return (
-        query.shape,
-        query.stride(),
-        query.dtype,
-        query.device,
-        key.shape,
-        key.stride(),
-        key.dtype,
-        key.device,
-        value.shape,
-        value.stride(),
-        value.dtype,
-        value.device,
-        rpb.shape,
-        rpb.stride(),
-        rpb.dtype,
-        rpb.device,
-    )
+        query.shape, query.stride(), query.dtype, query.device,
+        key.shape, key.stride(), key.dtype, key.device,
+        value.shape, value.stride(), value.dtype, value.device,
+        None if rpb is None else (rpb.shape, rpb.stride(), rpb.dtype, rpb.device),
+    )  # fmt: skip
 
 
 def layouts_of(problem: tuple) -> tuple[Layout, Layout, Layout, Layout | None]:
-    """Undo `problem_of`."""
-    layouts = [Layout(*problem[i : i + 4]) for i in range(0, len(problem), 4)]
-    return *layouts, *[None] * (4 - len(layouts))
+    """The layouts of query, key, value and rpb: `problem_of` undone."""
+    *fields, rpb = problem
+    return *(Layout(*fields[i : i + 4]) for i in (0, 4, 8)), rpb and Layout(*rpb)
 
 
 # A forward pass that was prepared for some layouts: query, key, value and rpb to out and lse.

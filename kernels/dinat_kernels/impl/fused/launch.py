@@ -27,7 +27,7 @@ _REPEATED = 1.5
 _PROGRAMS = 2048
 _MAX_IMAGES = 16
 
-Extents = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of a tensor
+Strided = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of a tensor
 
 
 class Plan(NamedTuple):
@@ -107,7 +107,7 @@ def images_per_program(batch: int, programs: int) -> int:
 
 def make_plan(
     kernel: str,
-    layouts: tuple[Extents, ...],
+    layouts: tuple[Strided, ...],
     dtype: torch.dtype,
     arch: str,
     window: Neighborhood,
@@ -149,11 +149,11 @@ def make_plan(
     slots = max(16, next_power_of_two(math.prod(tile)))
     warps = max(1, config.num_warps * slots * block // (next_power_of_two(config.tile) * config.block))
 
-    def strides(layout: Extents) -> tuple[int, ...]:
+    def strides(layout: Strided) -> tuple[int, ...]:
         batch_stride, *steps, head_stride, _ = layout[1]
         return (batch_stride, *[0] * unit, *steps, head_stride)
 
-    def extent(layout: Extents) -> int:
+    def extent(layout: Strided) -> int:
         return sum((n - 1) * step for n, step in zip(lengths, strides(layout)[1:-1], strict=True))
 
     constants = dict(
@@ -222,16 +222,9 @@ def _table(rpb: Tensor | None, unused: Tensor) -> Tensor:
 
 def _problem(layouts: Sequence[Layout], has_rpb: bool, window: Neighborhood, scale: float) -> tuple:
     """The arguments of `make_plan` but for the kernel and the precision."""
-    query = layouts[0]
-    sign = (scale > 0) - (scale < 0)
-    return (
-        tuple((x.shape, x.stride) for x in layouts),
-        query.dtype,
-        architecture(query.device),
-        window,
-        has_rpb,
-        sign,
-    )
+    query, sign = layouts[0], (scale > 0) - (scale < 0)
+    extents = tuple((x.shape, x.stride) for x in layouts)
+    return extents, query.dtype, architecture(query.device), window, has_rpb, sign
 
 
 def _precision(dtype: torch.dtype) -> str:

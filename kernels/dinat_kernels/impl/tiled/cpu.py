@@ -145,21 +145,11 @@ def _whole_map(
 
 
 class _Chunk(NamedTuple):
-    """Tiles that one call of the fused attention computes, of every image."""
+    """Some tiles of every image, which one call of the fused attention computes."""
 
-    sources: list[tuple[slice, Tensor, int]]  # which of query, key and value; their tokens; slots of a tile
+    indices: list[Tensor]  # tokens that the tiles gather, one tensor for each of `sources` in `_tiles`
     tokens: Tensor | None  # whose results these tiles have, None for all
-    slots: Tensor  # where they are in the flattened tiles
-
-
-def _chunk(plan: Plan, rows: slice, device: torch.device) -> _Chunk:
-    query, key = (plan.tensor(name, device=device)[plan.tiles(rows)].flatten() for name in ("query", "key"))
-    sources = [(slice(0, 1), query, plan.query_slots), (slice(1, 3), key, plan.key_slots)]
-    if plan.same_tokens:
-        sources = [(slice(0, 3), query, plan.query_slots)]
-    if rows == slice(0, plan.counts[0]):
-        return _Chunk(sources, None, plan.tensor("slot", device=device))
-    return _Chunk(sources, *plan.owned(rows))
+    slots: Tensor  # where these results are in the flattened tiles
 
 
 def _tiles(
@@ -169,22 +159,32 @@ def _tiles(
     key_of_bias, make_bias = _bias_source(plan, layout, of_rpb)
     batch, *_, heads, dim = layout.shape
     tokens, width, device = math.prod(plan.spatial), heads * dim, layout.device
+    # What is gathered with one index: which of query, key and value; the name of the index; slots of a tile.
+    sources = [(slice(0, 1), "query", plan.query_slots), (slice(1, 3), "key", plan.key_slots)]
+    if plan.same_tokens:
+        sources = [(slice(0, 3), "query", plan.query_slots)]
     if plan.uniform or key_of_bias is None:  # all tiles of all images share the bias
-        slots = math.prod(plan.counts) * (plan.query_slots + 2 * plan.key_slots)
-        row_chunks, step = [slice(0, plan.counts[0])], max(1, _SCRATCH // (slots * width * layout.dtype.itemsize))
+        gathered = math.prod(plan.counts) * (plan.query_slots + 2 * plan.key_slots) * width * layout.dtype.itemsize
+        row_chunks, step = [slice(0, plan.counts[0])], max(1, _SCRATCH // gathered)
     else:
         row_chunks, step = plan.chunks(heads, 1, _BIAS_CHUNK)[0], 1
     image_chunks = slices(batch, step)
-    whole = _chunk(plan, row_chunks[0], device) if len(row_chunks) == 1 else None
+
+    def chunk_of(rows: slice) -> _Chunk:
+        indices = [plan.tensor(name, device=device)[plan.tiles(rows)].flatten() for _, name, _ in sources]
+        if len(row_chunks) == 1:
+            return _Chunk(indices, None, plan.tensor("slot", device=device))
+        return _Chunk(indices, *plan.owned(rows))
+
+    whole = chunk_of(row_chunks[0]) if len(row_chunks) == 1 else None
 
     def gather(chunk: _Chunk, matrices: list[list[Tensor]], images: slice) -> list[Tensor]:
         """Tiles (images * tiles, heads, slots, dim) of query, key and value, in memory that is used again."""
         count = images.stop - images.start
-        memory = _scratch.get(
-            count * width * sum(len(index) * (part.stop - part.start) for part, index, _ in chunk.sources), layout.dtype
-        )
-        tiles = []
-        for (_, index, slots), group in zip(chunk.sources, matrices, strict=True):
+        columns = [sum(matrix.shape[1] for matrix in group) for group in matrices]
+        size = count * sum(len(index) * n for index, n in zip(chunk.indices, columns, strict=True))
+        memory, tiles = _scratch.get(size, layout.dtype), []
+        for (*_, slots), group, index in zip(sources, matrices, chunk.indices, strict=True):
             index = _of_images(index, count, tokens)
             for matrix in group:
                 part = memory[: len(index) * matrix.shape[1]].view(len(index), -1)
@@ -205,14 +205,14 @@ def _tiles(
 
     def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor | None]:
         tensors = query, key, value
+        matrices = [_side_by_side(tensors[part], views[part], width) for part, *_ in sources]
         out = torch.empty((batch, tokens, width), dtype=layout.dtype)
         lse = torch.empty((batch, tokens, heads), dtype=working_dtype(layout.dtype)) if with_lse else None
         for rows in row_chunks:
             if whole is not None:
                 chunk, bias = whole, _biases.get(key_of_bias, rpb, make_bias) if key_of_bias else None
             else:  # a large map, whose bias would push all others out
-                chunk, bias = _chunk(plan, rows, device), make_bias(rpb, rows)
-            matrices = [_side_by_side(tensors[part], views[part], width) for part, *_ in chunk.sources]
+                chunk, bias = chunk_of(rows), make_bias(rpb, rows)
             for images in image_chunks:
                 results = _fused(*gather(chunk, matrices, images), attn_mask=bias, scale=scale)
                 scatter(chunk, results[0], out[images])
