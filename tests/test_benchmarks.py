@@ -47,9 +47,10 @@ def test_operator(problem, tmp_path, monkeypatch):
 
 def test_peers_with_bias_compute_what_the_operator_does(problem):
     build = importlib.import_module("operator_speed").build
-    kernels = ("torch", "gather", "dense_sdpa")
-    ours, gather, dense = (build(kernel, True, problem, 2, "forward", "cpu")() for kernel in kernels)
+    kernels = ("torch", "gather", "dense_views", "dense_sdpa")
+    ours, gather, views, dense = (build(kernel, True, problem, 2, "forward", "cpu")() for kernel in kernels)
     torch.testing.assert_close(gather, ours, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(views, ours, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dense.transpose(1, 2).reshape(ours.shape), ours, rtol=1e-4, atol=1e-5)
 
 
