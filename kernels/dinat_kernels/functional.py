@@ -16,6 +16,7 @@ from .impl.precision import autocast_dtype, autocast_tensor
 from .impl.tiled import unrolled
 
 _HASHABLE = (int, bool, tuple)  # what a window argument must be to be looked up; lists become tuples
+_SCALES = (int, float, type(None))
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
 
@@ -76,8 +77,7 @@ def _check(
 
 
 def _scale(scale: float | None, query: Tensor | Layout) -> float:
-    if not isinstance(scale, (int, float, type(None))):
-        raise ValueError(f"scale must be a number or None, got {scale!r}")
+    """The scale, or its default."""
     return query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
@@ -117,6 +117,8 @@ def _attend(
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    if not isinstance(scale, _SCALES):
+        raise ValueError(f"scale must be a number or None, got {scale!r}")
     for axes in (kernel_size, dilation, stride, is_causal):
         if type(axes) not in _HASHABLE:
             kernel_size, dilation, stride, is_causal = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)

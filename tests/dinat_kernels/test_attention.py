@@ -289,6 +289,7 @@ Q = torch.randn(2, 8, 9, 4, 8)
         (dict(rpb=torch.zeros(4, 3, 3)), r"rpb must have shape .* = \(4, 5, 5\), got \(4, 3, 3\)"),
         (dict(rpb=torch.zeros(4, 5, 5), is_causal=True), "rpb cannot be combined with a causal axis"),
         (dict(kernel_size={3}), r"kernel_size must be one int or 2 of them \(one per axis\), got \{3\}"),
+        (dict(scale=[1.0]), r"scale must be a number or None, got \[1.0\]"),
         (dict(scale="a"), "scale must be a number or None, got 'a'"),
         (dict(query=Q[..., :0], key=Q[..., :0]), "head_dim of at least 1, got 0"),
         (dict(backend="cuda"), "backend must be None or one of 'reference', 'torch', 'triton', got 'cuda'"),
