@@ -99,7 +99,7 @@ def _prepare(rank: int, arguments: tuple, problem: tuple, backend: str | None, w
     layouts = layouts_of(problem)
     if layouts[0].device.type == "meta":
         name = resolve(backend, layouts[0], layouts[2])
-        return partial(ops.attention, window=window, scale=scale, backend=name)
+        return partial(ops.attention, window=window, scale=scale, backend=name, with_lse=with_lse)
     return prepare(backend, *layouts, window, scale, with_lse=with_lse)
 
 
@@ -152,7 +152,7 @@ def _attend(
         # The exported program is then made of ATen operations alone and runs where dinat_kernels is not installed.
         out, lse = unrolled.attention(query, key, value, rpb, window, scale, chunk=None)
     else:
-        out, lse = ops.attention(query, key, value, rpb, window, scale, name)
+        out, lse = ops.attention(query, key, value, rpb, window, scale, name, return_lse)
     return (out, lse) if return_lse else out
 
 

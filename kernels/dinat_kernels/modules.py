@@ -104,7 +104,7 @@ class _NeighborhoodAttention(nn.Module):
             padded = padded or missing > 0
         y = F.pad(x, padding) if padded else x
 
-        query, key, value = self.qkv(y).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        query, key, value = torch.unflatten(self.qkv(y), -1, (3, self.num_heads, self.head_dim)).unbind(-3)
         if torch.jit.is_scripting():
             assert not (self.training and self.attn_drop > 0), "attn_drop is not supported by TorchScript training"
             backend = self.backend
@@ -122,10 +122,11 @@ class _NeighborhoodAttention(nn.Module):
             )
         else:
             y = self._attend(query, key, value)
-        for axis in range(1, x.dim() - 1):
-            if padded:
+        if padded:
+            for axis in range(1, x.dim() - 1):
                 y = y.narrow(axis, 0, x.shape[axis])
-        return self.proj_drop(self.proj(y.flatten(-2)))
+        y = self.proj(y.flatten(-2))
+        return self.proj_drop(y) if self.proj_drop.p > 0 else y  # on small maps, a call counts
 
     @torch.jit.unused
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

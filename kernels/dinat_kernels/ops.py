@@ -18,13 +18,14 @@ from torch.nn import Parameter
 from .geometry import Neighborhood, check_fits
 from .impl import implementation, prepare, resolve
 from .impl.layout import PREPARED, Forward, layouts_of, problem_of
-from .impl.precision import without_autocast
+from .impl.precision import without_autocast, working_dtype
 
 _lib = torch.library.Library("dinat_kernels", "DEF")
 # is_causal is 0 or 1 per axis: torch.jit.trace knows no lists of bool.
 _WINDOW = "int[] kernel_size, int[] dilation, int[] stride, int[] is_causal, float scale, str backend"
 _lib.define(
-    f"attention(Tensor query, Tensor key, Tensor value, Tensor? rpb, {_WINDOW}) -> (Tensor out, Tensor lse)",
+    f"attention(Tensor query, Tensor key, Tensor value, Tensor? rpb, {_WINDOW}, bool with_lse=True) "
+    "-> (Tensor out, Tensor lse)",  # without lse, that is empty, and there is no gradient
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _lib.define(
@@ -41,19 +42,22 @@ def _window(
 
 
 @lru_cache(maxsize=PREPARED)
-def _prepare(backend: str, window: tuple[tuple[int, ...], ...], scale: float, problem: tuple) -> Forward:
+def _prepare(
+    backend: str, window: tuple[tuple[int, ...], ...], scale: float, problem: tuple, with_lse: bool
+) -> Forward:
     query, key, value, rpb = layouts_of(problem)
     window = _window(*window)
     check_fits(window, query.shape[1:-2])  # traced and scripted layers come here unchecked
-    return prepare(backend or None, query, key, value, rpb, window, scale)
+    return prepare(backend or None, query, key, value, rpb, window, scale, with_lse=with_lse)
 
 
 @torch.library.impl(_lib, "attention", "CompositeExplicitAutograd")
 @without_autocast
-def _attention(query, key, value, rpb, kernel_size, dilation, stride, is_causal, scale, backend):
+def _attention(query, key, value, rpb, kernel_size, dilation, stride, is_causal, scale, backend, with_lse=True):
     window = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal)
-    run = _prepare(backend, window, scale, problem_of(query, key, value, rpb))
-    return run(query, key, value, rpb)
+    run = _prepare(backend, window, scale, problem_of(query, key, value, rpb), with_lse)
+    out, lse = run(query, key, value, rpb)
+    return out, lse if with_lse else out.new_empty(0)
 
 
 @torch.library.impl(_lib, "attention_backward", "CompositeExplicitAutograd")
@@ -68,10 +72,10 @@ def _attention_backward(
 
 
 @torch.library.register_fake("dinat_kernels::attention", lib=_lib)
-def _attention_fake(query, key, value, rpb, *args):
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+def _attention_fake(query, key, value, rpb, kernel_size, dilation, stride, is_causal, scale, backend, with_lse=True):
     out = value.new_empty((*query.shape[:-1], value.shape[-1]))
-    return out, query.new_empty(query.shape[:-1], dtype=lse_dtype)
+    lse = query.new_empty(query.shape[:-1], dtype=working_dtype(query.dtype)) if with_lse else out.new_empty(0)
+    return out, lse
 
 
 @torch.library.register_fake("dinat_kernels::attention_backward", lib=_lib)
@@ -80,14 +84,19 @@ def _attention_backward_fake(grad_out, grad_lse, query, key, value, rpb, *args):
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, rpb, *ctx.window = inputs
+    query, key, value, rpb, *ctx.window, with_lse = inputs
+    if not with_lse:
+        raise RuntimeError(
+            "neighborhood attention was traced where no gradient was wanted, and is asked for one. Trace it again, "
+            "outside of torch.no_grad() and with an input that requires a gradient."
+        )
     ctx.save_for_backward(query, key, value, rpb, *output)
 
 
 def _differentiate(ctx, grad_out, grad_lse):
     backward = _Backward.apply if _in_functorch() else torch.ops.dinat_kernels.attention_backward
     grads = backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.window)
-    return (*grads, *[None] * (4 - len(grads)), *[None] * len(ctx.window))
+    return (*grads, *[None] * (4 - len(grads)), *[None] * (len(ctx.window) + 1))
 
 
 def _refuse_double_backward(ctx, *grads):
@@ -145,20 +154,35 @@ def is_watched(*tensors: Tensor | None) -> bool:
 
 def is_plain(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> bool:
     """Whether all that PyTorch would do with a call on these tensors is to run it: no watcher, autocast or autograd."""
-    if is_watched(query, key, value, rpb) or _is_autocast():
-        return False
-    return not _is_grad_enabled() or not (
+    return not (is_watched(query, key, value, rpb) or _is_autocast() or _needs_grad(query, key, value, rpb))
+
+
+def _needs_grad(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> bool:
+    return _is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (rpb is not None and rpb.requires_grad)
     )
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None, window: Neighborhood, scale: float, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    window: Neighborhood,
+    scale: float,
+    backend: str,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The forward op; `backend` as `resolve` returns it."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    op = torch.ops.dinat_kernels.attention if traced else _Forward.apply
-    return op(query, key, value, rpb, *[list(map(int, axes)) for axes in window], scale, backend)
+    """The forward op.
+
+    Args:
+        backend: as `resolve` returns it.
+        with_lse: if not, lse may be empty.
+    """
+    compiling = torch.compiler.is_compiling()
+    op = torch.ops.dinat_kernels.attention if compiling or torch.jit.is_tracing() else _Forward.apply
+    with_lse = with_lse or not compiling or _needs_grad(query, key, value, rpb)
+    return op(query, key, value, rpb, *[list(map(int, axes)) for axes in window], scale, backend, with_lse)
 
 
 def _vmap(op, rpb_at: int, one_by_one):
