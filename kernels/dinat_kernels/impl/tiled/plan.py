@@ -166,6 +166,11 @@ class Plan:
         return math.prod(self.counts) * self.query_slots > math.prod(self.spatial)
 
     @cached_property
+    def disjoint(self) -> bool:
+        """Whether no token stands in more than one key slot, which then is its query slot."""
+        return self.same_tokens and not self.overlapping
+
+    @cached_property
     def owner(self) -> np.ndarray:
         """(tiles, query_slots), float: 1 for the slot that a token's result is taken from, 0 for the others."""
         owner = np.zeros(math.prod(self.counts) * self.query_slots, dtype=np.float32)
@@ -214,6 +219,11 @@ class Plan:
         per_row = math.prod(self.counts[1:])
         return slice(rows.start * per_row, rows.stop * per_row)
 
+    def gathered(self, name: str, rows: slice, device: torch.device) -> Tensor | None:
+        """Tokens in the slots of "query" or "key" of the tiles in `rows`: (tiles, slots); None for all tokens in order.
+        """
+        return None if self.is_one_tile else self.tensor(name, device=device)[self.tiles(rows)]
+
     def owned(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Tokens whose results come from the tiles in `rows`, and where in the flattened (tiles, query_slots) of these
         rows they are.
@@ -240,25 +250,39 @@ class Plan:
         return table.reshape(*table.shape[: rank + 1], self.query_slots, self.key_slots)
 
     def tile_bias(self, bias: Tensor, rows: slice) -> Tensor:
-        """The additive tensor of the tiles in `rows`: (heads or 1, tiles, query_slots, key_slots)."""
-        for a in range(len(self.axes)):
-            kind = self.tensor("kind", axis=a, device=bias.device)
-            bias = bias.index_select(a + 1, kind[rows] if a == 0 else kind)
+        """The additive tensor of the tiles in `rows`, (heads or 1, tiles, query_slots, key_slots); of one tile if all
+        have the same.
+        """
+        if not self.uniform:
+            for a in range(len(self.axes)):
+                bias = bias.index_select(a + 1, self._kind(a, rows, bias.device))
         return bias.flatten(1, len(self.axes))
 
-    def sum_bias_grad(self, grad: Tensor, rows: slice) -> Tensor:
-        """Adjoint of `bias` followed by `tile_bias`: (heads, tiles, query_slots, key_slots) to the table's shape."""
+    def _kind(self, axis: int, rows: slice, device: torch.device) -> Tensor:
+        """The pattern of each tile of an axis, for the tiles in `rows`."""
+        kind = self.tensor("kind", axis=axis, device=device)
+        return kind[rows] if axis == 0 else kind
+
+    def bias_grad(self, grad: Tensor, rows: slice) -> Tensor:
+        """Adjoint of `tile_bias`: (heads, tiles, query_slots, key_slots) to the shape of `bias`."""
+        if self.uniform:
+            grad = grad if grad.shape[1] == 1 else grad.sum(1, keepdim=True)
+            return grad.unflatten(1, self.kinds)
+        grad = grad.unflatten(1, (rows.stop - rows.start, *self.counts[1:]))
+        for a in reversed(range(len(self.axes))):
+            grad = _sum_into(grad, a + 1, self._kind(a, rows, grad.device), self.kinds[a])
+        return grad
+
+    def table_grad(self, grad: Tensor) -> Tensor:
+        """Adjoint of `bias`: its shape to that of the table."""
         rank = len(self.axes)
-        counts = [rows.stop - rows.start, *self.counts[1:]]
-        slots = [a.query.shape[1] for a in self.axes] + [a.key.shape[1] for a in self.axes]
-        grad = grad.view(grad.shape[0], *counts, *slots)
+        grad = grad.unflatten(-1, [a.key.shape[1] for a in self.axes])
+        grad = grad.unflatten(rank + 1, [a.query.shape[1] for a in self.axes])
         grad = grad.permute([0] + [1 + a + part * rank for a in range(rank) for part in range(3)])
         for a, k in enumerate(self.window.kernel_size):
-            entry = self.tensor("entry", axis=a, device=grad.device)
-            kind = self.tensor("kind", axis=a, device=grad.device)
-            index = entry[kind[rows] if a == 0 else kind].flatten()
+            index = self.tensor("entry", axis=a, device=grad.device).flatten()
             grad = _sum_into(grad.flatten(a + 1, a + 3), a + 1, index, 2 * k).narrow(a + 1, 0, 2 * k - 1)
-        return grad
+        return grad.contiguous()
 
     def add_key_grad_(self, total: Tensor, grad: Tensor, rows: slice) -> None:
         """Add slot gradients, (batch, heads, tiles, key_slots, dim), to `total`, (batch, *spatial, heads, dim)."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ...geometry import Neighborhood
 from ..precision import without_autocast, working_dtype
-from .plan import Costs, plan_of
+from .plan import Costs, Plan, plan_of
 
 # Logits of a chunk: 1 MB in float32.  Larger chunks leave the cache and page-fault on every allocation.
 _CHUNK = 1 << 18
@@ -25,21 +25,24 @@ def _split_heads(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(2, (kv_heads, x.shape[2] // kv_heads)).permute(0, 2, 3, 1, 4)
 
 
-def _gather(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+def _gather(x: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Tiles of `x`: (batch, kv_heads, group, tokens, dim) and index (tiles, slots) to (..., tiles, group * slots, dim).
 
     The heads of a group follow one another in the slots, so that they share one matrix product with their key head.
+    Without an index, the one tile is a view where it can be.
     """
-    x = x.index_select(3, index.flatten()).to(dtype).unflatten(3, index.shape)
-    return x.transpose(2, 3).flatten(3, 4)
+    x = x.unsqueeze(3) if index is None else x.index_select(3, index.flatten()).unflatten(3, index.shape)
+    return x.to(dtype).transpose(2, 3).flatten(3, 4)
 
 
-def _ungather(tiles: Tensor, slot: Tensor, heads: int) -> Tensor:
-    """Undo `_gather` for queries: (batch, kv_heads, tiles, group * slots, dim) to (batch, tokens, heads, dim)."""
-    batch, kv_heads, count, rows, dim = tiles.shape
-    group = heads // kv_heads
-    tiles = tiles.view(batch, kv_heads, count, group, rows // group, dim).permute(0, 2, 4, 1, 3, 5)
-    return tiles.flatten(1, 2).index_select(1, slot).flatten(2, 3)
+def _ungather(tiles: Tensor, plan: Plan, heads: int) -> Tensor:
+    """Undo `_gather` for queries: (batch, kv_heads, tiles, group * slots, dim) to (batch, tokens, heads, dim), which
+    is contiguous.
+    """
+    tiles = tiles.unflatten(3, (heads // tiles.shape[1], -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    if plan.is_one_tile:
+        return tiles.flatten(2, 3).contiguous()
+    return tiles.index_select(1, plan.tensor("slot", device=tiles.device)).flatten(2, 3)
 
 
 def _group_bias(bias: Tensor, kv_heads: int, heads: int) -> Tensor:
@@ -92,7 +95,7 @@ def attention(
     outs: list[list[Tensor]] = []
     lses: list[list[Tensor]] = []
     for rows in row_chunks:
-        query_index, key_index = (plan.tensor(name, device=device)[plan.tiles(rows)] for name in ("query", "key"))
+        query_index, key_index = (plan.gathered(name, rows, device) for name in ("query", "key"))
         tile_bias = None if bias is None else _group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
         outs.append([])
         lses.append([])
@@ -109,9 +112,8 @@ def attention(
                 lses[-1].append(logits.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log())
             weights = F.dropout(weights, dropout_p) if dropout_p else weights
             outs[-1].append(weights @ _gather(v[images], key_index, dtype))
-    slot = plan.tensor("slot", device=device)
-    out = _ungather(_assemble(outs, dim=2), slot, heads).to(value.dtype)
-    lse = _ungather(_assemble(lses, dim=2), slot, heads)
+    out = _ungather(_assemble(outs, dim=2), plan, heads).to(value.dtype)
+    lse = _ungather(_assemble(lses, dim=2), plan, heads)
     return out.reshape(*query.shape[:-1], value.shape[-1]), lse.reshape(query.shape[:-1])
 
 
@@ -130,44 +132,53 @@ def attention_backward(
     """Gradients of `attention` with respect to query, key, value and rpb, given those of out and lse."""
     batch, *spatial, heads, _ = query.shape
     kv_heads, dtype, device = key.shape[-2], working_dtype(query.dtype), query.device
+    group = heads // kv_heads
     plan = plan_of(tuple(spatial), window, _COSTS)
-    q, k, v, grad_o = (_split_heads(x, kv_heads) for x in (query, key, value, grad_out))
     # d logits = weights * (d weights - delta), where delta = rowsum(d out * out); lse adds its gradient to every logit.
-    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1) - grad_lse
-    row_terms = _split_heads(torch.stack((lse, delta), -1), kv_heads)
+    delta = ((grad_out.to(dtype) * out.to(dtype)).sum(-1) - grad_lse)[..., None]
+    q, k, v, grad_o, delta = (_split_heads(x, kv_heads) for x in (query, key, value, grad_out, delta))
     bias = plan.bias(rpb, dtype, device)
+    grad_bias = None
     owner = plan.tensor("owner", device=device) if plan.overlapping else None
 
-    grad_q: list[list[Tensor]] = []
-    grad_k = torch.zeros(key.shape, dtype=dtype, device=device)
-    grad_v = torch.zeros(value.shape, dtype=dtype, device=device)
-    grad_rpb = None if rpb is None else torch.zeros(rpb.shape, dtype=dtype, device=device)
+    # Tiles, where no token stands in two of them; else sums, which queries never need.
+    grads: dict[str, list[list[Tensor]]] = {"query": [], "key": [], "value": []}
+    totals = None if plan.disjoint else [torch.zeros(x.shape, dtype=dtype, device=device) for x in (key, value)]
     row_chunks, image_chunks = plan.chunks(heads, batch, _CHUNK)
     for rows in row_chunks:
-        tiles = plan.tiles(rows)
-        query_index, key_index = (plan.tensor(name, device=device)[tiles] for name in ("query", "key"))
+        query_index, key_index = (plan.gathered(name, rows, device) for name in ("query", "key"))
         tile_bias = None if bias is None else _group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
-        grad_q.append([])
+        for parts in grads.values():
+            parts.append([])
         for images in image_chunks:
             query_tiles = _gather(q[images], query_index, dtype) * scale
             key_tiles = _gather(k[images], key_index, dtype)
             out_tiles = _gather(grad_o[images], query_index, dtype)
-            lse_tiles, delta_tiles = _gather(row_terms[images], query_index, dtype).split(1, -1)
-            weights = _logits(query_tiles, key_tiles, tile_bias).sub_(lse_tiles).exp_()
+            # On the CPU faster than exp(logits - lse), which is slow at minus infinity.
+            weights = _logits(query_tiles, key_tiles, tile_bias).softmax(-1)
             if owner is not None:  # a token in two query slots: only one of them may send gradients
-                weights = weights.unflatten(3, (heads // kv_heads, -1)).mul_(owner[tiles, None, :, None]).flatten(3, 4)
+                weights = weights.unflatten(3, (group, -1)).mul_(owner[plan.tiles(rows), None, :, None]).flatten(3, 4)
             grad_logits = out_tiles @ _gather(v[images], key_index, dtype).transpose(-2, -1)
-            grad_logits = grad_logits.sub_(delta_tiles).mul_(weights)
-            grad_q[-1].append((grad_logits @ key_tiles) * scale)
-            plan.add_key_grad_(grad_k[images], grad_logits.transpose(-2, -1) @ query_tiles, rows)
-            plan.add_key_grad_(grad_v[images], weights.transpose(-2, -1) @ out_tiles, rows)
-            if grad_rpb is not None:
-                grad_bias = grad_logits.sum(0).unflatten(2, (heads // kv_heads, -1)).transpose(1, 2).flatten(0, 1)
-                grad_rpb += plan.sum_bias_grad(grad_bias, rows)
-    grad_query = _ungather(_assemble(grad_q, dim=2), plan.tensor("slot", device=device), heads).reshape(query.shape)
+            grad_logits = grad_logits.sub_(_gather(delta[images], query_index, dtype)).mul_(weights)
+            grads["query"][-1].append((grad_logits @ key_tiles) * scale)
+            grad_k, grad_v = grad_logits.transpose(-2, -1) @ query_tiles, weights.transpose(-2, -1) @ out_tiles
+            if totals is None:
+                grads["key"][-1].append(grad_k)
+                grads["value"][-1].append(grad_v)
+            else:
+                for total, grad in zip(totals, (grad_k, grad_v), strict=True):
+                    plan.add_key_grad_(total[images], grad, rows)
+            if rpb is not None:
+                of_tiles = grad_logits[0] if len(grad_logits) == 1 else grad_logits.sum(0)
+                of_tiles = of_tiles.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)
+                part = plan.bias_grad(of_tiles, rows)
+                grad_bias = part if grad_bias is None else grad_bias.add_(part)
+    grad_query = _ungather(_assemble(grads["query"], dim=2), plan, heads)
+    if totals is None:
+        totals = [_ungather(_assemble(grads[name], dim=2), plan, kv_heads) for name in ("key", "value")]
     return (
-        grad_query.to(query.dtype),
-        grad_k.to(key.dtype),
-        grad_v.to(value.dtype),
-        None if grad_rpb is None else grad_rpb.to(rpb.dtype),
+        grad_query.reshape(query.shape).to(query.dtype),
+        totals[0].reshape(key.shape).to(key.dtype),
+        totals[1].reshape(value.shape).to(value.dtype),
+        None if rpb is None else plan.table_grad(grad_bias).to(rpb.dtype),
     )
