@@ -33,7 +33,7 @@ register_notrace_module(GELU)
 
 
 class Mlp(layers.Mlp):
-    """timm's, without calls of dropouts and norms that do nothing: in small models they take a hundredth of the time."""
+    """timm's, without calls of dropouts and norms that do nothing: a hundredth of a small model's time."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act(self.fc1(x))

@@ -220,8 +220,7 @@ class Plan:
         return slice(rows.start * per_row, rows.stop * per_row)
 
     def gathered(self, name: str, rows: slice, device: torch.device) -> Tensor | None:
-        """Tokens in the slots of "query" or "key" of the tiles in `rows`: (tiles, slots); None for all tokens in order.
-        """
+        """Tokens in the slots of "query" or "key", (tiles, slots), of the tiles in `rows`; None for all in order."""
         return None if self.is_one_tile else self.tensor(name, device=device)[self.tiles(rows)]
 
     def owned(self, rows: slice) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from ...geometry import Neighborhood
 from ..precision import without_autocast, working_dtype
 from .plan import Costs, Plan, plan_of
 
-# Logits of a chunk: 1 MB in float32.  Larger chunks leave the cache and page-fault on every allocation.
-_CHUNK = 1 << 18
+# Logits of a chunk: 4 MB in float32, so that a few of them stay in the cache.
+_CHUNK = 1 << 20
 # Measured, k = 7.
 _COSTS = Costs(key=64, block=0, image=0)
 
