@@ -326,7 +326,7 @@ def test_kept_biases_are_bounded(monkeypatch):
     cache = cpu._BiasCache()
     monkeypatch.setattr(cpu, "_biases", cache)
     monkeypatch.setattr(cpu, "_BIAS_CACHE", 4 * (4 * 2 * 14**4))  # four of two heads on 14x14 tokens
-    q, k, v = torch.randn(1, 14, 14, 3, 2, 8).unbind(3)
+    q, k, v = torch.randn(2, 14, 14, 3, 2, 8).unbind(3)
     tables = [torch.randn(2, 13, 13) for _ in range(9)]
     for rpb in tables + tables:
         na2d(q, k, v, 7, rpb=rpb, backend="torch")
@@ -363,13 +363,14 @@ LAYOUTS = {
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_the_fused_path(layout, batch, small, monkeypatch):
-    """Whole maps, dense groups and halos, wherever q, k and v lie; results are contiguous, as the op's fake says."""
+    """Maps, halves, dense groups and halos, wherever q, k and v lie; results are contiguous, as the op's fake says."""
     if small:  # several calls, of some images or some rows of tiles
         monkeypatch.setattr(cpu, "_SCRATCH", 40_000)
         monkeypatch.setattr(cpu, "_BIAS_CHUNK", 5_000)
     functional._prepare.cache_clear()
     torch.manual_seed(0)
-    for size, dilation in [((7, 9), 1), ((14, 15), 2), ((21, 17), 1)]:
+    assert plan.plan_of((14, 15), make_neighborhood(2, 7), cpu._COSTS_OF_ONE_IMAGE).are_halves
+    for size, dilation in [((7, 9), 1), ((14, 15), 1), ((14, 15), 2), ((21, 17), 1)]:
         q, k, v = LAYOUTS[layout](batch, *size, 2, 8)
         for rpb in (None, torch.randn(2, 13, 13), torch.randn(2, 13, 26)[..., ::2]):
             for _ in range(2):  # prepared, and found again

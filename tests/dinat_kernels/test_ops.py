@@ -47,6 +47,33 @@ def test_opcheck(with_bias):
     torch.library.opcheck(backward, (*grads, q, k, v, None if rpb is None else rpb.detach(), out, lse, *WINDOW))
 
 
+def test_compiled_without_gradients_keeps_no_lse():
+    """And the same function, once a gradient is wanted, is compiled again."""
+    lses = []
+
+    def backend(graph, inputs):
+        (call,) = (n for n in graph.graph.nodes if n.target is forward)
+        lses.append(call.args[-1])
+        return graph
+
+    q, k, v, rpb = make(requires_grad=True)
+    compiled = torch.compile(lambda: na2d(q, k, v, 3, rpb=rpb), backend=backend, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(), na2d(q, k, v, 3, rpb=rpb))
+    actual, expected = (
+        torch.autograd.grad(out.sin().sum(), [q, rpb]) for out in (compiled(), na2d(q, k, v, 3, rpb=rpb))
+    )
+    torch.testing.assert_close(actual, expected)
+    assert lses == [False, True]
+
+
+def test_a_gradient_of_what_was_traced_without_is_an_error():
+    q, k, v, rpb = make(requires_grad=True)
+    with pytest.raises(RuntimeError, match="traced where no gradient was wanted"):
+        forward(q, k, v, rpb, *WINDOW, False)
+    torch.library.opcheck(forward, (*(x.detach() for x in (q, k, v, rpb)), *WINDOW, False))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(dynamic):
     inputs = make(requires_grad=True)

@@ -27,8 +27,9 @@ _BIAS_CHUNK = 1 << 22
 _SCRATCH = 16 << 20
 # Bytes of additive tensors that are kept for the next call.
 _BIAS_CACHE = 256 << 20
-# Measured, k = 7.  PyTorch works on 32 queries at a time.
+# Measured, k = 7.  PyTorch works on 32 queries at a time, or 64 if there are many.
 _COSTS = Costs(key=15, block=10, image=6000)
+_COSTS_OF_ONE_IMAGE = _COSTS._replace(views=True)
 
 # Attention of (batch, heads, tokens, dim), last stride 1, with an additive tensor: out, and lse (batch, heads, tokens).
 _fused = torch._scaled_dot_product_flash_attention_for_cpu
@@ -81,9 +82,12 @@ def prepare(
     query: Layout, key: Layout, value: Layout, rpb: Layout | None, window: Neighborhood, scale: float, with_lse: bool
 ) -> Forward:
     """See `tiled.prepare`."""
-    _, *spatial, _, _ = query.shape
-    plan = plan_of(tuple(spatial), window, _COSTS)
-    make, view = (_whole_map, _heads_first) if plan.is_one_tile else (_tiles, _matrix)
+    batch, *spatial, _, _ = query.shape
+    plan = plan_of(tuple(spatial), window, _COSTS_OF_ONE_IMAGE if batch == 1 else _COSTS)
+    if plan.is_one_tile or plan.are_halves:
+        make, view = _halves if plan.are_halves else _whole_map, _heads_first
+    else:
+        make, view = _tiles, _matrix
     views = [view(x) for x in (query, key, value)]
     if None not in views and (rpb is None or rpb == rpb.contiguous()):
         return make(plan, query, rpb, scale, with_lse, views)
@@ -140,6 +144,27 @@ def _whole_map(
             out = out.transpose(1, 2).contiguous()
         lse = lse.transpose(1, 2).reshape(out_shape[:-1]) if with_lse else None
         return out.as_strided(out_shape, out_stride), lse
+
+    return run
+
+
+def _halves(
+    plan: Plan, layout: Layout, of_rpb: Layout | None, scale: float, with_lse: bool, views: Sequence[_View]
+) -> Forward:
+    """One map of two tiles that are runs of tokens: none is copied."""
+    key_of_bias, make_bias = _bias_source(plan, layout, of_rpb)
+    halves = []
+    for (shape, (_, of_heads, of_tokens, _)), slots in zip(views, (plan.query, plan.key, plan.key), strict=True):
+        stride = (int(slots[1, 0] - slots[0, 0]) * of_tokens, of_heads, of_tokens, 1)
+        halves.append(((2, shape[1], slots.shape[1], shape[3]), stride))
+
+    def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        tiles = [x.as_strided(*half) for x, half in zip((query, key, value), halves, strict=True)]
+        out, lse = _fused(
+            *tiles, attn_mask=_biases.get(key_of_bias, rpb, make_bias) if key_of_bias else None, scale=scale
+        )
+        lse = lse.transpose(1, 2).reshape(layout.shape[:-1]) if with_lse else None
+        return out.transpose(1, 2).contiguous().view(layout.shape), lse
 
     return run
 

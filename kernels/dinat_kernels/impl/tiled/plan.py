@@ -29,6 +29,7 @@ class Costs(NamedTuple):
     key: int  # to gather a key
     block: int  # to begin with another 32 queries, for each key
     image: int  # to gather anything
+    views: bool = False  # whether the halves of a map need no gather
 
 
 class Axis(NamedTuple):
@@ -94,8 +95,13 @@ def _whole_axis(windows: list[tuple[np.ndarray, np.ndarray]], length: int, k: in
     return Axis(token[None], token[None], entry[None], np.zeros(1, dtype=np.int64), token)
 
 
+def _are_halves(tiles: tuple[int, ...], spatial: tuple[int, ...], window: Neighborhood) -> bool:
+    """Whether two tiles, cut along the first axis, make up the map: each is a run of tokens."""
+    return (2 * tiles[0], *tiles[1:]) == spatial and window.dilation[0] == 1
+
+
 def _choose_tiles(spatial: tuple[int, ...], window: Neighborhood, costs: Costs) -> tuple[int, ...]:
-    """The tile size per axis that minimizes (keys gathered) x (queries that use each of them + cost of the gather)."""
+    """The tile size per axis that minimizes (keys in all) x (queries that use each of them + cost of the gather)."""
     candidates = []
     for length, k, d, s, causal in zip(spatial, *window, strict=True):
         windows = _axis_windows(length, k, d, s, causal)
@@ -114,6 +120,8 @@ def _choose_tiles(spatial: tuple[int, ...], window: Neighborhood, costs: Costs) 
         queries, keys = (math.prod(column) for column in zip(*choice, strict=True))  # of a tile, in all
         if queries >= math.prod(spatial):  # one tile is the map itself
             return queries * keys
+        if costs.views and _are_halves(tuple(tile for tile, _ in choice), spatial, window):
+            return keys * (queries + costs.block * math.ceil(queries / 64))
         return keys * (queries + costs.block * math.ceil(queries / 32) + costs.key) + costs.image
 
     return tuple(tile for tile, _ in min(itertools.product(*candidates), key=cost))
@@ -130,6 +138,7 @@ class Plan:
         self.query_slots = math.prod(a.query.shape[1] for a in self.axes)  # per tile
         self.key_slots = math.prod(a.key.shape[1] for a in self.axes)
         self.kinds = tuple(len(a.entry) for a in self.axes)
+        self.are_halves = costs.views and _are_halves(tiles, spatial, window)
         self.masked = any((a.entry == 2 * k - 1).any() for a, k in zip(self.axes, window.kernel_size, strict=True))
         self._tensors: dict[tuple, Tensor] = {}
 
