@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from dinat_kernels import NeighborhoodAttention2d
-from dinat_kernels.ops import is_watched
 from timm import layers
 from timm.layers import DropPath, LayerScale, use_fused_attn
 from timm.models import register_notrace_module
@@ -24,7 +23,7 @@ class GELU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles nothing under this condition alone
-            if not is_watched(x) and x.is_inference():
+            if not torch.compiler.is_compiling() and x.is_inference() and type(x) is torch.Tensor:
                 return torch.ops.aten.gelu_(x)
         return F.gelu(x)
 
