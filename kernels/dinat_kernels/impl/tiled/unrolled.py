@@ -1,6 +1,6 @@
 """Tiles in elementary operations: any device and dtype, grouped queries, tracing, and the backward pass.
 
-Only the logits of one chunk of tiles exist at a time, in the backward pass too, which recomputes them from lse.
+Only the logits of one chunk of tiles exist at a time, in the backward pass too, which computes them again.
 """
 
 from __future__ import annotations
