@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from dinat_kernels import NeighborhoodAttention2d
-from timm import layers
-from timm.layers import DropPath, LayerScale, use_fused_attn
+from dinat_kernels.ops import is_watched
+from timm.layers import DropPath, LayerScale, Mlp, use_fused_attn
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
@@ -23,25 +23,12 @@ class GELU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles nothing under this condition alone
-            if not torch.compiler.is_compiling() and x.is_inference() and type(x) is torch.Tensor:
+            if not is_watched(x) and x.is_inference():
                 return torch.ops.aten.gelu_(x)
         return F.gelu(x)
 
 
 register_notrace_module(GELU)
-
-
-class Mlp(layers.Mlp):
-    """timm's, without calls of dropouts and norms that do nothing: a hundredth of a small model's time."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.act(self.fc1(x))
-        if self.drop1.p > 0:
-            x = self.drop1(x)
-        x = self.fc2(x)
-        if self.drop2.p > 0:
-            x = self.drop2(x)
-        return x
 
 
 class NATBlock(nn.Module):
@@ -81,11 +68,13 @@ class NATBlock(nn.Module):
             backend=backend,
             **dd,
         )
-        # None rather than Identity, which is called
+        # None rather than Identity, whose calls take time
         self.ls1 = None if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else None
         self.norm2 = norm_layer(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        if not proj_drop:  # an idle Dropout takes three times as long
+            self.mlp.drop1 = self.mlp.drop2 = nn.Identity()
         self.ls2 = None if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else None
 

@@ -87,7 +87,7 @@ class _NeighborhoodAttention(nn.Module):
             self.register_parameter("rpb", None)
         self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim, **factory)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0 else nn.Identity()
 
     @torch.jit.ignore
     def set_window(self, kernel_size: Ints, dilation: Ints = 1, stride: Ints = 1, is_causal: Bools = False) -> None:
@@ -125,8 +125,7 @@ class _NeighborhoodAttention(nn.Module):
         if padded:
             for axis in range(1, x.dim() - 1):
                 y = y.narrow(axis, 0, x.shape[axis])
-        y = self.proj(y.flatten(-2))
-        return self.proj_drop(y) if self.proj_drop.p > 0 else y  # on small maps, a call counts
+        return self.proj_drop(self.proj(y.flatten(-2)))
 
     @torch.jit.unused
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

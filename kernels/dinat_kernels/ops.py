@@ -181,7 +181,8 @@ def attention(
     """
     compiling = torch.compiler.is_compiling()
     op = torch.ops.dinat_kernels.attention if compiling or torch.jit.is_tracing() else _Forward.apply
-    with_lse = with_lse or not compiling or _needs_grad(query, key, value, rpb)
+    # torch.compile compiles again once a gradient is wanted; whoever traces otherwise may want one later.
+    with_lse = with_lse or not compiling or torch.compiler.is_exporting() or _needs_grad(query, key, value, rpb)
     return op(query, key, value, rpb, *[list(map(int, axes)) for axes in window], scale, backend, with_lse)
 
 

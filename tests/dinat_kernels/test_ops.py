@@ -74,6 +74,22 @@ def test_a_gradient_of_what_was_traced_without_is_an_error():
     torch.library.opcheck(forward, (*(x.detach() for x in (q, k, v, rpb)), *WINDOW, False))
 
 
+def test_a_program_exported_without_gradients_has_them():
+    """It is not compiled again, as a compiled function is."""
+
+    class Layer(Attend):
+        def forward(self, q, k, v):
+            return na2d(q, k, v, 3, rpb=self.rpb)
+
+    q, k, v, rpb = make()
+    with torch.no_grad():
+        program = torch.export.export(Layer(rpb), (q, k, v), strict=True).module()
+    out = program(q, k, v)
+    (actual,) = torch.autograd.grad(out.sin().sum(), program.rpb)
+    (expected,) = torch.autograd.grad(na2d(q, k, v, 3, rpb=rpb.requires_grad_()).sin().sum(), rpb)
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(dynamic):
     inputs = make(requires_grad=True)

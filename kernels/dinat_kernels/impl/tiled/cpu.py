@@ -27,7 +27,7 @@ _BIAS_CHUNK = 1 << 22
 _SCRATCH = 16 << 20
 # Bytes of additive tensors that are kept for the next call.
 _BIAS_CACHE = 256 << 20
-# Measured, k = 7.  PyTorch works on 32 queries at a time, or 64 if there are many.
+# Measured, k = 7.  PyTorch works on 32 queries at a time.
 _COSTS = Costs(key=15, block=10, image=6000)
 _COSTS_OF_ONE_IMAGE = _COSTS._replace(views=True)
 
@@ -297,6 +297,4 @@ def _bias_source(plan: Plan, layout: Layout, of_rpb: Layout | None) -> tuple[Has
 def _additive(plan: Plan, layout: Layout, rpb: Tensor | None, rows: slice = slice(None)) -> Tensor | None:
     """Bias and mask of the tiles in `rows`, (tiles or 1, heads or 1, queries, keys); None without either."""
     bias = plan.bias(rpb, working_dtype(layout.dtype), layout.device)
-    if bias is None or not plan.uniform:
-        return None if bias is None else plan.tile_bias(bias, rows).transpose(0, 1)
-    return bias.view(1, -1, plan.query_slots, plan.key_slots)
+    return None if bias is None else plan.tile_bias(bias, rows).transpose(0, 1)

@@ -116,12 +116,12 @@ def _choose_tiles(spatial: tuple[int, ...], window: Neighborhood, costs: Costs) 
             pairs.append((length, length))
         candidates.append(pairs)
 
-    def cost(choice: tuple[tuple[int, int], ...]) -> int:
+    def cost(choice: tuple[tuple[int, int], ...]) -> float:
         queries, keys = (math.prod(column) for column in zip(*choice, strict=True))  # of a tile, in all
         if queries >= math.prod(spatial):  # one tile is the map itself
             return queries * keys
         if costs.views and _are_halves(tuple(tile for tile, _ in choice), spatial, window):
-            return keys * (queries + costs.block * math.ceil(queries / 64))
+            return keys * (queries + costs.block / 2 * math.ceil(queries / 32))  # half: fitted
         return keys * (queries + costs.block * math.ceil(queries / 32) + costs.key) + costs.image
 
     return tuple(tile for tile, _ in min(itertools.product(*candidates), key=cost))

@@ -36,8 +36,8 @@ def _gather(x: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _ungather(tiles: Tensor, plan: Plan, heads: int) -> Tensor:
-    """Undo `_gather` for queries: (batch, kv_heads, tiles, group * slots, dim) to (batch, tokens, heads, dim), which
-    is contiguous.
+    """Undo `_gather` for queries, or keys of disjoint tiles: (batch, kv_heads, tiles, group * slots, dim) to (batch,
+    tokens, heads, dim), which is contiguous.
     """
     tiles = tiles.unflatten(3, (heads // tiles.shape[1], -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     if plan.is_one_tile:
@@ -129,7 +129,10 @@ def attention_backward(
     window: Neighborhood,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `attention` with respect to query, key, value and rpb, given those of out and lse."""
+    """Gradients of `attention` with respect to query, key, value and rpb, given those of out and lse.
+
+    `lse` itself is not needed: a softmax gives the weights again.
+    """
     batch, *spatial, heads, _ = query.shape
     kv_heads, dtype, device = key.shape[-2], working_dtype(query.dtype), query.device
     group = heads // kv_heads
@@ -141,7 +144,7 @@ def attention_backward(
     grad_bias = None
     owner = plan.tensor("owner", device=device) if plan.overlapping else None
 
-    # Tiles, where no token stands in two of them; else sums, which queries never need.
+    # Per tile.  Where a token is a key of several tiles, gradients of key and value are summed in `totals` instead.
     grads: dict[str, list[list[Tensor]]] = {"query": [], "key": [], "value": []}
     totals = None if plan.disjoint else [torch.zeros(x.shape, dtype=dtype, device=device) for x in (key, value)]
     row_chunks, image_chunks = plan.chunks(heads, batch, _CHUNK)
