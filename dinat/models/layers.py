@@ -73,7 +73,7 @@ class NATBlock(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else None
         self.norm2 = norm_layer(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-        if not proj_drop:  # an idle Dropout takes three times as long
+        if not proj_drop:  # calling an idle Dropout takes three times as long
             self.mlp.drop1 = self.mlp.drop2 = nn.Identity()
         self.ls2 = None if ls_init_value is None else LayerScale(dim, ls_init_value, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else None

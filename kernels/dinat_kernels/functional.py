@@ -123,11 +123,10 @@ def _attend(
         if type(axes) not in _HASHABLE:
             kernel_size, dilation, stride, is_causal = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
             break
+    arguments = kernel_size, dilation, stride, is_causal, scale
     if ops.is_plain(query, key, value, rpb):  # the dispatcher would come to the same, tens of microseconds later
-        arguments = kernel_size, dilation, stride, is_causal, scale
-        out, lse = _prepare(rank, arguments, problem_of(query, key, value, rpb), backend, return_lse)(
-            query, key, value, rpb
-        )
+        run = _prepare(rank, arguments, problem_of(query, key, value, rpb), backend, return_lse)
+        out, lse = run(query, key, value, rpb)
         return (out, lse) if return_lse else out
 
     autocast = autocast_dtype(query.device.type)
@@ -135,7 +134,6 @@ def _attend(
         query, key, value = (autocast_tensor(x, autocast) for x in (query, key, value))
     watched = ops.is_watched(query, key, value, rpb)
     if not watched:
-        arguments = kernel_size, dilation, stride, is_causal, scale
         window, scale = _checked(rank, arguments, problem_of(query, key, value, rpb))
     elif torch.jit.is_tracing():  # where sizes are tensors
         window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)

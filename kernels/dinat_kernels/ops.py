@@ -158,6 +158,7 @@ def is_plain(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> b
 
 
 def _needs_grad(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> bool:
+    """Whether autograd will want to differentiate a call on these tensors."""
     return _is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (rpb is not None and rpb.requires_grad)
     )

@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,10 +85,7 @@ def prepare(
     """See `tiled.prepare`."""
     batch, *spatial, _, _ = query.shape
     plan = plan_of(tuple(spatial), window, _COSTS_OF_ONE_IMAGE if batch == 1 else _COSTS)
-    if plan.is_one_tile or plan.are_halves:
-        make, view = _halves if plan.are_halves else _whole_map, _heads_first
-    else:
-        make, view = _tiles, _matrix
+    make, view = (_on_views, _heads_first) if plan.is_one_tile or plan.are_halves else (_tiles, _matrix)
     views = [view(x) for x in (query, key, value)]
     if None not in views and (rpb is None or rpb == rpb.contiguous()):
         return make(plan, query, rpb, scale, with_lse, views)
@@ -123,14 +121,16 @@ def _matrix(x: Layout) -> _View | None:
     return (batch * count, heads * dim), (of_tokens, 1)
 
 
-def _whole_map(
+def _on_views(
     plan: Plan, layout: Layout, of_rpb: Layout | None, scale: float, with_lse: bool, views: Sequence[_View]
 ) -> Forward:
-    """A map that is one tile: no tensor is copied."""
+    """Maps of one tile, or one map of two halves: tiles are runs of tokens, and no tensor is copied."""
     key_of_bias, make_bias = _bias_source(plan, layout, of_rpb)
-    (q_shape, q_stride), (k_shape, k_stride), (v_shape, v_stride) = views
+    slots = plan.query, plan.key, plan.key
+    (q_shape, q_stride), (k_shape, k_stride), (v_shape, v_stride) = map(_tile_view, views, slots)
     out_shape, out_stride = layout.contiguous()[:2]
-    tokens_first = (out_stride[0], *out_stride[-2:-4:-1], 1)  # of (batch, heads, tokens, dim)
+    of_tokens, of_heads = out_stride[-3:-1]
+    tokens_first = (plan.query_slots * of_tokens, of_heads, of_tokens, 1)  # of (tiles, heads, slots, dim)
 
     def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor | None]:
         out, lse = _fused(
@@ -148,25 +148,13 @@ def _whole_map(
     return run
 
 
-def _halves(
-    plan: Plan, layout: Layout, of_rpb: Layout | None, scale: float, with_lse: bool, views: Sequence[_View]
-) -> Forward:
-    """One map of two tiles that are runs of tokens: none is copied."""
-    key_of_bias, make_bias = _bias_source(plan, layout, of_rpb)
-    halves = []
-    for (shape, (_, of_heads, of_tokens, _)), slots in zip(views, (plan.query, plan.key, plan.key), strict=True):
-        stride = (int(slots[1, 0] - slots[0, 0]) * of_tokens, of_heads, of_tokens, 1)
-        halves.append(((2, shape[1], slots.shape[1], shape[3]), stride))
-
-    def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        tiles = [x.as_strided(*half) for x, half in zip((query, key, value), halves, strict=True)]
-        out, lse = _fused(
-            *tiles, attn_mask=_biases.get(key_of_bias, rpb, make_bias) if key_of_bias else None, scale=scale
-        )
-        lse = lse.transpose(1, 2).reshape(layout.shape[:-1]) if with_lse else None
-        return out.transpose(1, 2).contiguous().view(layout.shape), lse
-
-    return run
+def _tile_view(view: _View, slots: np.ndarray) -> _View:
+    """A `_heads_first` view as one of tiles, (tiles, heads, slots, dim); `slots` (tiles, slots) are their tokens."""
+    if len(slots) == 1:
+        return view
+    (_, heads, _, dim), (_, of_heads, of_tokens, _) = view
+    step = int(slots[1, 0] - slots[0, 0])
+    return (len(slots), heads, slots.shape[1], dim), (step * of_tokens, of_heads, of_tokens, 1)
 
 
 class _Chunk(NamedTuple):
@@ -196,7 +184,7 @@ def _tiles(
     image_chunks = slices(batch, step)
 
     def chunk_of(rows: slice) -> _Chunk:
-        indices = [plan.tensor(name, device=device)[plan.tiles(rows)].flatten() for _, name, _ in sources]
+        indices = [plan.gathered(name, rows, device).flatten() for _, name, _ in sources]
         if len(row_chunks) == 1:
             return _Chunk(indices, None, plan.tensor("slot", device=device))
         return _Chunk(indices, *plan.owned(rows))
