@@ -15,24 +15,26 @@ from types import ModuleType
 
 import torch
 
-from .geometry import make_neighborhood, visible_pairs
+from .geometry import Neighborhood, visible_pairs
 
 _FLOP_COUNTER = "torch.utils.flop_counter"
 
 
-def _flops(query: Sequence[int], inner: int, kernel_size, dilation, stride, is_causal) -> int:
-    """FLOP of products that take `inner` multiply-adds for each visible pair; `query` is the shape of the query."""
-    batch, *spatial, heads, _ = query
-    window = make_neighborhood(len(spatial), kernel_size, dilation, stride, is_causal)
-    return 2 * inner * batch * heads * visible_pairs(window, spatial)
+def _flops(out: Sequence[int], inner: int, window: Sequence[int]) -> int:
+    """FLOP of products that take `inner` multiply-adds for each visible pair; `out` is the shape of the result."""
+    batch, *spatial, heads, _ = out
+    return 2 * inner * batch * heads * visible_pairs(Neighborhood.from_flat(window), spatial)
 
 
-def _forward_flops(query, key, value, rpb, *window, out_shape=None, **kwargs) -> int:
-    return _flops(query, query[-1] + value[-1], *window[:4])
+def _forward_flops(query, key, value, rpb, window, *args, out_shape=None, **kwargs) -> int:
+    out, _ = out_shape
+    return _flops(out, query[-1] + out[-1], window)
 
 
-def _backward_flops(grad_out, grad_lse, query, key, value, rpb, out, lse, *window, out_shape=None, **kwargs) -> int:
-    return _flops(query, 3 * query[-1] + 2 * value[-1], *window[:4])
+def _backward_flops(
+    grad_out, grad_lse, query, key, value, rpb, out, lse, window, *args, out_shape=None, **kwargs
+) -> int:
+    return _flops(out, 3 * query[-1] + 2 * out[-1], window)
 
 
 def _register(flop_counter: ModuleType) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 from .geometry import Neighborhood, check_fits, make_neighborhood
 from .impl import prepare, reference, resolve
-from .impl.layout import PREPARED, Forward, Layout, layouts_of, problem_of
+from .impl.layout import PREPARED, Forward, Layout, layouts_of, problem_of, unpacked
 from .impl.precision import autocast_dtype, autocast_tensor
 from .impl.tiled import unrolled
 
@@ -19,14 +19,12 @@ _HASHABLE = (int, bool, tuple)  # what a window argument must be to be looked up
 _SCALES = (int, float, type(None))
 Ints = int | Sequence[int]
 Bools = bool | Sequence[bool]
+Window = tuple[Ints, Ints, Ints, Bools]  # kernel_size, dilation, stride and is_causal, without lists
 
 
 def _check(
     rank: int,
-    kernel_size: Ints,
-    dilation: Ints,
-    stride: Ints,
-    is_causal: Bools,
+    window: Window,
     scale: float | None,
     query: Tensor | Layout,
     key: Tensor | Layout,
@@ -36,7 +34,7 @@ def _check(
     """The window and the scale, if all arguments are well formed and fit together; else a ValueError says which does
     not.
     """
-    window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
+    window = make_neighborhood(rank, *window)
     layout = f"(batch, {', '.join('XYZ'[:rank])}, heads, dim)"
     for name, x in (("query", query), ("key", key), ("value", value)):
         if len(x.shape) != rank + 3:
@@ -82,75 +80,77 @@ def _scale(scale: float | None, query: Tensor | Layout) -> float:
 
 
 @lru_cache(maxsize=PREPARED)
-def _checked(rank: int, arguments: tuple, problem: tuple) -> tuple[Neighborhood, float]:
-    """`_check`, which remembers what passed.
-
-    Args:
-        arguments: kernel_size, dilation, stride, is_causal and scale.
-        problem: the layouts, as `problem_of`.
-    """
-    return _check(rank, *arguments, *layouts_of(problem))
+def _checked(rank: int, window: Window, scale: float | None, problem: tuple) -> tuple[Neighborhood, float]:
+    """`_check`, which remembers what passed; problem as `problem_of`."""
+    return _check(rank, window, scale, *layouts_of(problem))
 
 
 @lru_cache(maxsize=PREPARED)
-def _prepare(rank: int, arguments: tuple, problem: tuple, backend: str | None, with_lse: bool) -> Forward:
-    """What runs for tensors of these layouts, once all arguments are found to be right; arguments as `_checked`."""
-    window, scale = _checked(rank, arguments, problem)
-    layouts = layouts_of(problem)
-    if layouts[0].device.type == "meta":
-        name = resolve(backend, layouts[0], layouts[2])
-        return partial(ops.attention, window=window, scale=scale, backend=name, with_lse=with_lse)
-    return prepare(backend, *layouts, window, scale, with_lse=with_lse)
+def _prepare(
+    rank: int, window: Window, scale: float | None, problem: tuple, backend: str | None, with_lse: bool
+) -> Forward:
+    """What runs for tensors of these layouts, once all arguments are found to be right."""
+    neighborhood, scale = _checked(rank, window, scale, problem)
+    query, _, value, _ = layouts_of(problem)
+    if query.device.type == "meta":
+        name = resolve(backend, query, value)
+        return partial(ops.attention, window=neighborhood, scale=scale, backend=name, with_lse=with_lse)
+    return prepare(backend, problem, neighborhood, scale, with_lse=with_lse)
 
 
-def _attend(
+def _hashable(rank: int, *window: Ints | Bools) -> Window:
+    """The window arguments of `na1d` and others in a form that can be looked up."""
+    for axes in window:
+        if type(axes) not in _HASHABLE:
+            return make_neighborhood(rank, *window)
+    return window
+
+
+def attend(
     rank: int,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kernel_size: Ints,
-    dilation: Ints,
-    stride: Ints,
-    is_causal: Bools,
+    key: Tensor | None,
+    value: Tensor | None,
+    window: Window,
     scale: float | None,
     rpb: Tensor | None,
     return_lse: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """`na1d`, `na2d` or `na3d`.
+
+    Args:
+        key, value: None if `query` is a packed projection of all three, (batch, *spatial, 3, heads, dim).
+        window: kernel_size, dilation, stride and is_causal.
+    """
     if not isinstance(scale, _SCALES):
         raise ValueError(f"scale must be a number or None, got {scale!r}")
-    for axes in (kernel_size, dilation, stride, is_causal):
-        if type(axes) not in _HASHABLE:
-            kernel_size, dilation, stride, is_causal = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
-            break
-    arguments = kernel_size, dilation, stride, is_causal, scale
     if ops.is_plain(query, key, value, rpb):  # the dispatcher would come to the same, tens of microseconds later
-        run = _prepare(rank, arguments, problem_of(query, key, value, rpb), backend, return_lse)
+        run = _prepare(rank, window, scale, problem_of(query, key, value, rpb), backend, return_lse)
         out, lse = run(query, key, value, rpb)
         return (out, lse) if return_lse else out
 
     autocast = autocast_dtype(query.device.type)
     if autocast is not None:  # the bias keeps its dtype: it is added to float32 logits
-        query, key, value = (autocast_tensor(x, autocast) for x in (query, key, value))
+        query, key, value = (x if x is None else autocast_tensor(x, autocast) for x in (query, key, value))
     watched = ops.is_watched(query, key, value, rpb)
     if not watched:
-        window, scale = _checked(rank, arguments, problem_of(query, key, value, rpb))
+        neighborhood, scale = _checked(rank, window, scale, problem_of(query, key, value, rpb))
     elif torch.jit.is_tracing():  # where sizes are tensors
-        window = make_neighborhood(rank, kernel_size, dilation, stride, is_causal)
-        scale = _scale(scale, query)
+        neighborhood, scale = make_neighborhood(rank, *window), _scale(scale, query)
     else:
-        window, scale = _check(rank, kernel_size, dilation, stride, is_causal, scale, query, key, value, rpb)
+        neighborhood, scale = _check(rank, window, scale, *unpacked(query, key, value), rpb)
     # An exported program should run anywhere: the choice is then the backend that consists of ATen operations.
     inline = watched and _can_inline(query)
-    name = "torch" if backend is None and inline else resolve(backend, query, value)
+    name = "torch" if backend is None and inline else resolve(backend, query, query if value is None else value)
 
     if name == "reference":
-        out, lse = reference.attention(query, key, value, rpb, window, scale)
+        out, lse = reference.attention(*unpacked(query, key, value), rpb, neighborhood, scale)
     elif name == "torch" and inline:
         # The exported program is then made of ATen operations alone and runs where dinat_kernels is not installed.
-        out, lse = unrolled.attention(query, key, value, rpb, window, scale, chunk=None)
+        out, lse = unrolled.attention(*unpacked(query, key, value), rpb, neighborhood, scale, chunk=None)
     else:
-        out, lse = ops.attention(query, key, value, rpb, window, scale, name, return_lse)
+        out, lse = ops.attention(query, key, value, rpb, neighborhood, scale, name, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -175,7 +175,8 @@ def na1d(
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Neighborhood attention over sequences: `na2d` with one spatial axis, tensors (batch, length, heads, dim)."""
-    return _attend(1, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend)
+    window = _hashable(1, kernel_size, dilation, stride, is_causal)
+    return attend(1, query, key, value, window, scale, rpb, return_lse, backend)
 
 
 def na2d(
@@ -229,7 +230,8 @@ def na2d(
         ValueError: shapes, dtypes or window arguments do not fit together; the message names the argument.
         RuntimeError: the backend asked for cannot run here.
     """
-    return _attend(2, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend)
+    window = _hashable(2, kernel_size, dilation, stride, is_causal)
+    return attend(2, query, key, value, window, scale, rpb, return_lse, backend)
 
 
 def na3d(
@@ -247,4 +249,5 @@ def na3d(
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Neighborhood attention over volumes: `na2d` with three spatial axes, tensors (batch, D, H, W, heads, dim)."""
-    return _attend(3, query, key, value, kernel_size, dilation, stride, is_causal, scale, rpb, return_lse, backend)
+    window = _hashable(3, kernel_size, dilation, stride, is_causal)
+    return attend(3, query, key, value, window, scale, rpb, return_lse, backend)

@@ -28,6 +28,17 @@ class Neighborhood(NamedTuple):
     def rank(self) -> int:
         return len(self.kernel_size)
 
+    def flat(self) -> list[int]:
+        """All entries in one list, as the ops take them."""
+        return [int(x) for axes in self for x in axes]
+
+    @classmethod
+    def from_flat(cls, entries: Sequence[int]) -> Neighborhood:
+        """`flat` undone."""
+        rank = len(entries) // 4
+        kernel_size, dilation, stride, is_causal = (tuple(entries[i * rank : (i + 1) * rank]) for i in range(4))
+        return cls(kernel_size, dilation, stride, tuple(map(bool, is_causal)))
+
 
 def _per_axis(name: str, value: int | Sequence[int], rank: int, kind: type) -> tuple:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank

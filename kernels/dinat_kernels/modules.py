@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .functional import Bools, Ints, na1d, na2d, na3d
+from .functional import Bools, Ints, attend
 from .geometry import make_neighborhood
 from .impl.tiled import unrolled
 
@@ -87,13 +87,13 @@ class _NeighborhoodAttention(nn.Module):
             self.register_parameter("rpb", None)
         self.attn_drop = attn_drop
         self.proj = nn.Linear(dim, dim, **factory)
-        self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0 else nn.Identity()
+        self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0 else None
 
     @torch.jit.ignore
     def set_window(self, kernel_size: Ints, dilation: Ints = 1, stride: Ints = 1, is_causal: Bools = False) -> None:
         """Change the window.  The caller keeps `rpb` in step when `kernel_size` changes."""
-        window = make_neighborhood(self.rank, kernel_size, dilation, stride, is_causal)
-        self.kernel_size, self.dilation, self.stride, self.is_causal = map(list, window)
+        self._window = make_neighborhood(self.rank, kernel_size, dilation, stride, is_causal)
+        self.kernel_size, self.dilation, self.stride, self.is_causal = map(list, self._window)  # for TorchScript
 
     def forward(self, x: Tensor) -> Tensor:
         padding = [0, 0]
@@ -104,47 +104,42 @@ class _NeighborhoodAttention(nn.Module):
             padded = padded or missing > 0
         y = F.pad(x, padding) if padded else x
 
-        query, key, value = torch.unflatten(self.qkv(y), -1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        qkv = torch.unflatten(self.qkv(y), -1, (3, self.num_heads, self.head_dim))
         if torch.jit.is_scripting():
             assert not (self.training and self.attn_drop > 0), "attn_drop is not supported by TorchScript training"
             backend = self.backend
             y, _ = torch.ops.dinat_kernels.attention(
-                query,
-                key,
-                value,
+                qkv,
+                None,
+                None,
                 self.rpb,
-                self.kernel_size,
-                self.dilation,
-                self.stride,
-                [int(causal) for causal in self.is_causal],
+                self.kernel_size + self.dilation + self.stride + [int(causal) for causal in self.is_causal],
                 self.scale,
                 "" if backend is None else backend,
             )
         else:
-            y = self._attend(query, key, value)
+            y = self._attend(qkv)
         if padded:
             for axis in range(1, x.dim() - 1):
                 y = y.narrow(axis, 0, x.shape[axis])
-        return self.proj_drop(self.proj(y.flatten(-2)))
+        y = self.proj(y.flatten(-2))
+        return y if self.proj_drop is None else self.proj_drop(y)
 
     @torch.jit.unused
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, qkv: Tensor) -> Tensor:
         if self.training and self.attn_drop > 0:
             if self.backend not in (None, "torch"):
                 raise RuntimeError(f'attn_drop needs backend None or "torch" in training, got backend={self.backend!r}')
-            window = make_neighborhood(self.rank, self.kernel_size, self.dilation, self.stride, self.is_causal)
-            run = unrolled.attention
-            return run(query, key, value, self.rpb, window, self.scale, dropout_p=self.attn_drop)[0]
-        return (na1d, na2d, na3d)[self.rank - 1](
-            query,
-            key,
-            value,
-            tuple(self.kernel_size),
-            dilation=tuple(self.dilation),
-            stride=tuple(self.stride),
-            is_causal=tuple(self.is_causal),
-            scale=self.scale,
-            rpb=self.rpb,
+            return unrolled.attention(*qkv.unbind(-3), self.rpb, self._window, self.scale, dropout_p=self.attn_drop)[0]
+        return attend(
+            self.rank,
+            qkv,
+            None,
+            None,
+            self._window,
+            self.scale,
+            self.rpb,
+            return_lse=False,
             backend=self.backend,
         )
 

@@ -7,7 +7,6 @@ imports Triton.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -17,62 +16,55 @@ from torch.nn import Parameter
 
 from .geometry import Neighborhood, check_fits
 from .impl import implementation, prepare, resolve
-from .impl.layout import PREPARED, Forward, layouts_of, problem_of
+from .impl.layout import PREPARED, Forward, layouts_of, problem_of, unpacked
 from .impl.precision import without_autocast, working_dtype
 
 _lib = torch.library.Library("dinat_kernels", "DEF")
-# is_causal is 0 or 1 per axis: torch.jit.trace knows no lists of bool.
-_WINDOW = "int[] kernel_size, int[] dilation, int[] stride, int[] is_causal, float scale, str backend"
+# Without key and value, the query is a packed projection (..., 3, heads, dim) of all three.  The window is one list,
+# kernel_size, dilation, stride and is_causal (0 or 1) of every axis, because each list takes time to pass.
+_INPUTS = "Tensor query, Tensor? key, Tensor? value, Tensor? rpb"
+_WINDOW = "int[] window, float scale, str backend"
 _lib.define(
-    f"attention(Tensor query, Tensor key, Tensor value, Tensor? rpb, {_WINDOW}, bool with_lse=True) "
+    f"attention({_INPUTS}, {_WINDOW}, bool with_lse=True) "
     "-> (Tensor out, Tensor lse)",  # without lse, that is empty, and there is no gradient
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _lib.define(
-    "attention_backward(Tensor grad_out, Tensor grad_lse, Tensor query, Tensor key, Tensor value, Tensor? rpb, "
-    f"Tensor out, Tensor lse, {_WINDOW}) -> Tensor[]",
+    f"attention_backward(Tensor grad_out, Tensor grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_WINDOW}) "
+    "-> Tensor[]",  # of the inputs that there are
     tags=[torch.Tag.pt2_compliant_tag],
 )
 
 
-def _window(
-    kernel_size: Sequence[int], dilation: Sequence[int], stride: Sequence[int], is_causal: Sequence[int]
-) -> Neighborhood:
-    return Neighborhood(tuple(kernel_size), tuple(dilation), tuple(stride), tuple(map(bool, is_causal)))
-
-
 @lru_cache(maxsize=PREPARED)
-def _prepare(
-    backend: str, window: tuple[tuple[int, ...], ...], scale: float, problem: tuple, with_lse: bool
-) -> Forward:
-    query, key, value, rpb = layouts_of(problem)
-    window = _window(*window)
-    check_fits(window, query.shape[1:-2])  # traced and scripted layers come here unchecked
-    return prepare(backend or None, query, key, value, rpb, window, scale, with_lse=with_lse)
+def _prepare(backend: str, flat_window: tuple[int, ...], scale: float, problem: tuple, with_lse: bool) -> Forward:
+    window = Neighborhood.from_flat(flat_window)
+    check_fits(window, layouts_of(problem)[0].shape[1:-2])  # traced and scripted layers come here unchecked
+    return prepare(backend or None, problem, window, scale, with_lse=with_lse)
 
 
 @torch.library.impl(_lib, "attention", "CompositeExplicitAutograd")
 @without_autocast
-def _attention(query, key, value, rpb, kernel_size, dilation, stride, is_causal, scale, backend, with_lse=True):
-    window = tuple(kernel_size), tuple(dilation), tuple(stride), tuple(is_causal)
-    run = _prepare(backend, window, scale, problem_of(query, key, value, rpb), with_lse)
+def _attention(query, key, value, rpb, window, scale, backend, with_lse=True):
+    run = _prepare(backend, tuple(window), scale, problem_of(query, key, value, rpb), with_lse)
     out, lse = run(query, key, value, rpb)
     return out, lse if with_lse else out.new_empty(0)
 
 
 @torch.library.impl(_lib, "attention_backward", "CompositeExplicitAutograd")
 @without_autocast
-def _attention_backward(
-    grad_out, grad_lse, query, key, value, rpb, out, lse, kernel_size, dilation, stride, is_causal, scale, backend
-):
-    window = _window(kernel_size, dilation, stride, is_causal)
-    run = implementation(resolve(backend or None, query, value)).attention_backward
-    grads = run(grad_out, grad_lse, query, key, value, rpb, out, lse, window, scale)
-    return [grad for grad in grads if grad is not None]
+def _attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, window, scale, backend):
+    q, k, v = unpacked(query, key, value)
+    run = implementation(resolve(backend or None, q, v)).attention_backward
+    *grads, grad_rpb = run(grad_out, grad_lse, q, k, v, rpb, out, lse, Neighborhood.from_flat(window), scale)
+    if key is None:
+        grads = [torch.stack(grads, -3)]
+    return grads if rpb is None else [*grads, grad_rpb]
 
 
 @torch.library.register_fake("dinat_kernels::attention", lib=_lib)
-def _attention_fake(query, key, value, rpb, kernel_size, dilation, stride, is_causal, scale, backend, with_lse=True):
+def _attention_fake(query, key, value, rpb, window, scale, backend, with_lse=True):
+    query, _, value = unpacked(query, key, value)
     out = value.new_empty((*query.shape[:-1], value.shape[-1]))
     lse = query.new_empty(query.shape[:-1], dtype=working_dtype(query.dtype)) if with_lse else out.new_empty(0)
     return out, lse
@@ -84,7 +76,7 @@ def _attention_backward_fake(grad_out, grad_lse, query, key, value, rpb, *args):
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, rpb, *ctx.window, with_lse = inputs
+    query, key, value, rpb, *ctx.arguments, with_lse = inputs
     if not with_lse:
         raise RuntimeError(
             "neighborhood attention was traced where no gradient was wanted, and is asked for one. Trace it again, "
@@ -95,8 +87,9 @@ def _save_for_backward(ctx, inputs, output):
 
 def _differentiate(ctx, grad_out, grad_lse):
     backward = _Backward.apply if _in_functorch() else torch.ops.dinat_kernels.attention_backward
-    grads = backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.window)
-    return (*grads, *[None] * (4 - len(grads)), *[None] * (len(ctx.window) + 1))
+    saved = ctx.saved_tensors
+    grads = iter(backward(grad_out, grad_lse, *saved, *ctx.arguments))
+    return (*[None if x is None else next(grads) for x in saved[:4]], *[None] * (len(ctx.arguments) + 1))
 
 
 def _refuse_double_backward(ctx, *grads):
@@ -152,22 +145,24 @@ def is_watched(*tensors: Tensor | None) -> bool:
     return False
 
 
-def is_plain(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> bool:
+def is_plain(query: Tensor, key: Tensor | None, value: Tensor | None, rpb: Tensor | None) -> bool:
     """Whether all that PyTorch would do with a call on these tensors is to run it: no watcher, autocast or autograd."""
     return not (is_watched(query, key, value, rpb) or _is_autocast() or _needs_grad(query, key, value, rpb))
 
 
-def _needs_grad(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> bool:
+def _needs_grad(query: Tensor, key: Tensor | None, value: Tensor | None, rpb: Tensor | None) -> bool:
     """Whether autograd will want to differentiate a call on these tensors."""
     return _is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad or (rpb is not None and rpb.requires_grad)
+        query.requires_grad
+        or (key is not None and (key.requires_grad or value.requires_grad))
+        or (rpb is not None and rpb.requires_grad)
     )
 
 
 def attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
     rpb: Tensor | None,
     window: Neighborhood,
     scale: float,
@@ -177,6 +172,7 @@ def attention(
     """The forward op.
 
     Args:
+        query, key, value: as in `unpacked`.
         backend: as `resolve` returns it.
         with_lse: if not, lse may be empty.
     """
@@ -184,7 +180,7 @@ def attention(
     op = torch.ops.dinat_kernels.attention if compiling or torch.jit.is_tracing() else _Forward.apply
     # torch.compile compiles again once a gradient is wanted; whoever traces otherwise may want one later.
     with_lse = with_lse or not compiling or torch.compiler.is_exporting() or _needs_grad(query, key, value, rpb)
-    return op(query, key, value, rpb, *[list(map(int, axes)) for axes in window], scale, backend, with_lse)
+    return op(query, key, value, rpb, window.flat(), scale, backend, with_lse)
 
 
 def _vmap(op, rpb_at: int, one_by_one):

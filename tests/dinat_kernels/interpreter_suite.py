@@ -213,9 +213,7 @@ def test_opcheck(monkeypatch):
     q, k, v = torch.randn(2, 5, 6, 3, 2, 8).unbind(3)
     rpb = torch.randn(2, 5, 5, requires_grad=True)
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(
-        torch.ops.dinat_kernels.attention, (*inputs, rpb, [3, 3], [1, 2], [1, 1], [0, 0], 0.3, "triton")
-    )
+    torch.library.opcheck(torch.ops.dinat_kernels.attention, (*inputs, rpb, [3, 3, 1, 2, 1, 1, 0, 0], 0.3, "triton"))
 
 
 def test_what_is_not_covered_is_refused():

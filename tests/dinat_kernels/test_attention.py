@@ -248,7 +248,7 @@ def test_no_tensor_grows_faster_than_the_map(dilation, monkeypatch):
         window = make_neighborhood(2, 7, dilation)
         with LargestTensor() as record:
             layout = Layout(q.shape, q.stride(), q.dtype, q.device)
-            out, lse = tiled.prepare(layout, layout, layout, None, window, 1.0, True)(q, q, q, None)
+            out, lse = tiled.prepare(layout, layout, layout, None, window, 1.0, True, None)(q, q, q, None)
             tiled.attention_backward(out, lse, q, q, q, None, out, lse, window, 1.0)
         return record.numel
 

@@ -32,7 +32,7 @@ class Attend(torch.nn.Module):
         return attend(q, k, v, self.rpb)[0]
 
 
-WINDOW = ([3, 3], [1, 2], [1, 1], [0, 0], 0.3, "torch")
+WINDOW = ([3, 3, 1, 2, 1, 1, 0, 0], 0.3, "torch")
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -178,7 +178,7 @@ def test_autocast_leaves_float64_and_integers_alone():
 def test_the_operator_refuses_a_window_that_does_not_fit():
     q = torch.randn(1, 4, 4, 1, 2)
     with pytest.raises(ValueError, match=r"kernel_size 3 \* dilation 2 = 6 > length 4"):
-        forward(q, q, q, None, [3, 3], [2, 2], [1, 1], [0, 0], 1.0, "")
+        forward(q, q, q, None, [3, 3, 2, 2, 1, 1, 0, 0], 1.0, "")
 
 
 def test_formulas_survive_a_look_at_the_flop_counter():

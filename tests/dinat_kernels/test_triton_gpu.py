@@ -189,7 +189,7 @@ def test_compile_fullgraph():
 def test_opcheck():
     (q, k, v), rpb, _ = make("whole map", torch.float32)
     inputs = [x.detach().requires_grad_() for x in (q, k, v, rpb)]
-    torch.library.opcheck(torch.ops.dinat_kernels.attention, (*inputs, [7, 7], [1, 1], [1, 1], [0, 0], 0.3, "triton"))
+    torch.library.opcheck(torch.ops.dinat_kernels.attention, (*inputs, [7, 7, 1, 1, 1, 1, 0, 0], 0.3, "triton"))
 
 
 def test_more_than_2_to_the_31_elements():

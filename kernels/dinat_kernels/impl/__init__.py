@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..geometry import Neighborhood
 from . import reference, tiled
-from .layout import Forward, Layout
+from .layout import Forward, Layout, gap_of, layouts_of
 
 BACKENDS = ("reference", "torch", "triton")
 # What the Triton kernels cover.
@@ -87,18 +87,16 @@ def backends() -> dict[str, str | None]:
 
 def prepare(
     backend: str | None,
-    query: Layout,
-    key: Layout,
-    value: Layout,
-    rpb: Layout | None,
+    problem: tuple,
     window: Neighborhood,
     scale: float,
     *,
     with_lse: bool = True,
 ) -> Forward:
-    """The forward pass of the `resolve`d backend for tensors of these layouts, see `tiled.prepare`."""
-    name = resolve(backend, query, value)
-    return implementation(name).prepare(query, key, value, rpb, window, scale, with_lse)
+    """The forward pass of the `resolve`d backend, see `tiled.prepare`, for tensors of the layouts in `problem_of`."""
+    query, key, value, rpb = layouts_of(problem)
+    module = implementation(resolve(backend, query, value))
+    return module.prepare(query, key, value, rpb, window, scale, with_lse, gap_of(problem))
 
 
 @cache

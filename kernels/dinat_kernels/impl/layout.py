@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,29 +24,55 @@ class Layout(NamedTuple):
             stride.insert(0, stride[0] * size)
         return self._replace(stride=tuple(stride))
 
+    def unbound(self) -> Layout:
+        """The layout of each of `x.unbind(-3)`."""
+        shape, stride = ((*of_x[:-3], *of_x[-2:]) for of_x in (self.shape, self.stride))
+        return self._replace(shape=shape, stride=stride)
+
 
 def layout_of(x: Tensor) -> Layout:
     """The layout of a tensor."""
     return Layout(x.shape, x.stride(), x.dtype, x.device)
 
 
-def problem_of(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple:
-    """All layouts, in the form that is fastest to make and to look up."""
+def unpacked(query: Tensor, key: Tensor | None, value: Tensor | None) -> Sequence[Tensor]:
+    """Query, key and value; without the latter two, `query` is a packed projection (..., 3, heads, dim) of them all."""
+    return query.unbind(-3) if key is None else (query, key, value)
+
+
+def problem_of(query: Tensor, key: Tensor | None, value: Tensor | None, rpb: Tensor | None) -> tuple:
+    """All layouts, in the form that is fastest to make and to look up; key and value as in `unpacked`."""
+    of_rpb = None if rpb is None else (rpb.shape, rpb.stride(), rpb.dtype, rpb.device)
+    if key is None:
+        return query.shape, query.stride(), query.dtype, query.device, of_rpb
     return (
         query.shape, query.stride(), query.dtype, query.device,
         key.shape, key.stride(), key.dtype, key.device,
         value.shape, value.stride(), value.dtype, value.device,
-        None if rpb is None else (rpb.shape, rpb.stride(), rpb.dtype, rpb.device),
+        of_rpb,
     )  # fmt: skip
 
 
 def layouts_of(problem: tuple) -> tuple[Layout, Layout, Layout, Layout | None]:
     """The layouts of query, key, value and rpb: `problem_of` undone."""
     *fields, rpb = problem
-    return *(Layout(*fields[i : i + 4]) for i in (0, 4, 8)), rpb and Layout(*rpb)
+    layouts = [Layout(*fields[i : i + 4]) for i in range(0, len(fields), 4)]
+    if len(layouts) == 1:
+        layouts = [layouts[0].unbound()] * 3
+    return *layouts, rpb and Layout(*rpb)
 
 
-# A forward pass that was prepared for some layouts: query, key, value and rpb to out and lse.
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+def gap_of(problem: tuple) -> int | None:
+    """Elements from query to key, and from key to value, in a packed projection; None if there is none."""
+    return problem[1][-3] if len(problem) == 5 else None
+
+
+def unpacking(run: Callable, gap: int | None) -> Forward:
+    """`run`, which wants query, key and value, for tensors that are packed unless `gap` is None (see `gap_of`)."""
+    return run if gap is None else lambda query, key, value, rpb: run(*unpacked(query, key, value), rpb)
+
+
+# A forward pass that was prepared for some layouts: query, key, value (see `unpacked`) and rpb to out and lse.
+Forward = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
 # Forward passes that are kept prepared.
 PREPARED = 128

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Neighborhood, group_length, visible_range
-from .layout import Forward, Layout
+from .layout import Forward, Layout, unpacking
 from .precision import without_autocast, working_dtype
 
 
@@ -81,7 +81,14 @@ def attention(
 
 
 def prepare(
-    query: Layout, key: Layout, value: Layout, rpb: Layout | None, window: Neighborhood, scale: float, with_lse: bool
+    query: Layout,
+    key: Layout,
+    value: Layout,
+    rpb: Layout | None,
+    window: Neighborhood,
+    scale: float,
+    with_lse: bool,
+    gap: int | None,
 ) -> Forward:
     """See `tiled.prepare`."""
-    return partial(attention, window=window, scale=scale)
+    return unpacking(partial(attention, window=window, scale=scale), gap)

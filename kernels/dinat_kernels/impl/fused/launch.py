@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Neighborhood, group_length, seeing_range, visible_range
-from ..layout import Forward, Layout, layout_of
+from ..layout import Forward, Layout, layout_of, unpacking
 from .backward import key_kernel, query_kernel
 from .configs import ProblemClass, choose, next_power_of_two
 from .forward import forward_kernel
@@ -235,7 +235,14 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def prepare(
-    query: Layout, key: Layout, value: Layout, rpb: Layout | None, window: Neighborhood, scale: float, with_lse: bool
+    query: Layout,
+    key: Layout,
+    value: Layout,
+    rpb: Layout | None,
+    window: Neighborhood,
+    scale: float,
+    with_lse: bool,
+    gap: int | None,
 ) -> Forward:
     """Fused forward pass, see `tiled.prepare`, in float16, bfloat16 or float32.
 
@@ -244,8 +251,8 @@ def prepare(
     """
     inputs = query, key, value
     if not all(map(_is_readable, inputs)):
-        run = prepare(*(x.contiguous() for x in inputs), rpb, window, scale, with_lse)
-        return lambda query, key, value, rpb: run(query.contiguous(), key.contiguous(), value.contiguous(), rpb)
+        run = prepare(*(x.contiguous() for x in inputs), rpb, window, scale, with_lse, None)
+        return unpacking(lambda q, k, v, rpb: run(q.contiguous(), k.contiguous(), v.contiguous(), rpb), gap)
 
     dtype, device, out_shape = query.dtype, query.device, (*query.shape[:-1], value.shape[-1])
     problem = "forward", *_problem(inputs, rpb is not None, window, scale)
@@ -258,7 +265,7 @@ def prepare(
             _launch(plan, (query, key, value, _table(rpb, out), out, lse), scale)
         return out, lse
 
-    return run
+    return unpacking(run, gap)
 
 
 def attention_backward(

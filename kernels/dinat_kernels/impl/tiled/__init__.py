@@ -13,7 +13,7 @@ from __future__ import annotations
 from functools import partial
 
 from ...geometry import Neighborhood
-from ..layout import Forward, Layout
+from ..layout import Forward, Layout, unpacking
 from . import cpu
 from .unrolled import attention, attention_backward
 
@@ -21,13 +21,21 @@ __all__ = ["attention_backward", "prepare"]
 
 
 def prepare(
-    query: Layout, key: Layout, value: Layout, rpb: Layout | None, window: Neighborhood, scale: float, with_lse: bool
+    query: Layout,
+    key: Layout,
+    value: Layout,
+    rpb: Layout | None,
+    window: Neighborhood,
+    scale: float,
+    with_lse: bool,
+    gap: int | None,
 ) -> Forward:
     """The forward pass for tensors of these layouts; its arguments and results as `reference.attention`.
 
     Args:
         with_lse: if not, None may be returned in the place of lse.
+        gap: as `gap_of`; if not None, the pass is given the packed projection and None for key and value.
     """
     if cpu.can_fuse(query, key, value):
-        return cpu.prepare(query, key, value, rpb, window, scale, with_lse)
-    return partial(attention, window=window, scale=scale)
+        return cpu.prepare(query, key, value, rpb, window, scale, with_lse, gap)
+    return unpacking(partial(attention, window=window, scale=scale), gap)

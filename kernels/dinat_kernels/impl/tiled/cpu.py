@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Neighborhood
-from ..layout import Forward, Layout
+from ..layout import Forward, Layout, unpacking
 from ..precision import working_dtype
 from .plan import Costs, Plan, plan_of, slices
 
@@ -80,19 +80,26 @@ def can_fuse(query: Layout, key: Layout, value: Layout) -> bool:
 
 
 def prepare(
-    query: Layout, key: Layout, value: Layout, rpb: Layout | None, window: Neighborhood, scale: float, with_lse: bool
+    query: Layout,
+    key: Layout,
+    value: Layout,
+    rpb: Layout | None,
+    window: Neighborhood,
+    scale: float,
+    with_lse: bool,
+    gap: int | None,
 ) -> Forward:
     """See `tiled.prepare`."""
-    batch, *spatial, _, _ = query.shape
+    batch, *spatial, heads, dim = query.shape
     plan = plan_of(tuple(spatial), window, _COSTS_OF_ONE_IMAGE if batch == 1 else _COSTS)
     make, view = (_on_views, _heads_first) if plan.is_one_tile or plan.are_halves else (_tiles, _matrix)
     views = [view(x) for x in (query, key, value)]
-    if None not in views and (rpb is None or rpb == rpb.contiguous()):
-        return make(plan, query, rpb, scale, with_lse, views)
+    if None not in views and (rpb is None or rpb == rpb.contiguous()) and gap in (None, heads * dim):
+        return make(plan, query, rpb, scale, with_lse, views, gap)
 
     layouts = [x and x.contiguous() for x in (query, key, value, rpb)]
-    run = prepare(*layouts, window, scale, with_lse)
-    return lambda *tensors: run(*[x if x is None else x.contiguous() for x in tensors])
+    run = prepare(*layouts, window, scale, with_lse, None)
+    return unpacking(lambda *tensors: run(*[x if x is None else x.contiguous() for x in tensors]), gap)
 
 
 _View = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides, for `as_strided`
@@ -122,21 +129,24 @@ def _matrix(x: Layout) -> _View | None:
 
 
 def _on_views(
-    plan: Plan, layout: Layout, of_rpb: Layout | None, scale: float, with_lse: bool, views: Sequence[_View]
+    plan: Plan,
+    layout: Layout,
+    of_rpb: Layout | None,
+    scale: float,
+    with_lse: bool,
+    views: Sequence[_View],
+    gap: int | None,
 ) -> Forward:
     """Maps of one tile, or one map of two halves: tiles are runs of tokens, and no tensor is copied."""
     key_of_bias, make_bias = _bias_source(plan, layout, of_rpb)
-    slots = plan.query, plan.key, plan.key
-    (q_shape, q_stride), (k_shape, k_stride), (v_shape, v_stride) = map(_tile_view, views, slots)
+    tiles = _views_of(list(map(_tile_view, views, (plan.query, plan.key, plan.key))), gap)
     out_shape, out_stride = layout.contiguous()[:2]
     of_tokens, of_heads = out_stride[-3:-1]
     tokens_first = (plan.query_slots * of_tokens, of_heads, of_tokens, 1)  # of (tiles, heads, slots, dim)
 
-    def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def run(query: Tensor, key: Tensor | None, value: Tensor | None, rpb: Tensor | None) -> tuple:
         out, lse = _fused(
-            query.as_strided(q_shape, q_stride),
-            key.as_strided(k_shape, k_stride),
-            value.as_strided(v_shape, v_stride),
+            *tiles(query, key, value),
             attn_mask=_biases.get(key_of_bias, rpb, make_bias) if key_of_bias else None,
             scale=scale,
         )
@@ -146,6 +156,23 @@ def _on_views(
         return out.as_strided(out_shape, out_stride), lse
 
     return run
+
+
+def _views_of(views: Sequence[_View], gap: int | None) -> Callable[..., Sequence[Tensor]]:
+    """What makes these `views` of query, key and value, or of the packed projection if there is a `gap`."""
+    (q_shape, q_stride), (k_shape, k_stride), (v_shape, v_stride) = views
+    if gap is None:
+        return lambda query, key, value: (
+            query.as_strided(q_shape, q_stride),
+            key.as_strided(k_shape, k_stride),
+            value.as_strided(v_shape, v_stride),
+        )
+    if views[0] == views[1]:
+        return lambda packed, *_: packed.as_strided((3, *q_shape), (gap, *q_stride)).unbind()
+    return lambda packed, *_: (
+        packed.as_strided(q_shape, q_stride),
+        *packed.as_strided((2, *k_shape), (gap, *k_stride), packed.storage_offset() + gap).unbind(),
+    )
 
 
 def _tile_view(view: _View, slots: np.ndarray) -> _View:
@@ -158,7 +185,7 @@ def _tile_view(view: _View, slots: np.ndarray) -> _View:
 
 
 class _Chunk(NamedTuple):
-    """Some tiles of every image, which one call of the fused attention computes."""
+    """Some tiles of some images, which one call of the fused attention computes."""
 
     indices: list[Tensor]  # tokens that the tiles gather, one tensor for each of `sources` in `_tiles`
     tokens: Tensor | None  # whose results these tiles have, None for all
@@ -166,7 +193,13 @@ class _Chunk(NamedTuple):
 
 
 def _tiles(
-    plan: Plan, layout: Layout, of_rpb: Layout | None, scale: float, with_lse: bool, views: Sequence[_View]
+    plan: Plan,
+    layout: Layout,
+    of_rpb: Layout | None,
+    scale: float,
+    with_lse: bool,
+    views: Sequence[_View],
+    gap: int | None,
 ) -> Forward:
     """A map of several tiles, whose tokens are gathered."""
     key_of_bias, make_bias = _bias_source(plan, layout, of_rpb)
@@ -183,54 +216,72 @@ def _tiles(
         row_chunks, step = plan.chunks(heads, 1, _BIAS_CHUNK)[0], 1
     image_chunks = slices(batch, step)
 
-    def chunk_of(rows: slice) -> _Chunk:
+    def chunk_of(rows: slice, images: int) -> _Chunk:
         indices = [plan.gathered(name, rows, device).flatten() for _, name, _ in sources]
-        if len(row_chunks) == 1:
-            return _Chunk(indices, None, plan.tensor("slot", device=device))
-        return _Chunk(indices, *plan.owned(rows))
+        owned, slots = (None, plan.tensor("slot", device=device)) if len(row_chunks) == 1 else plan.owned(rows)
+        slots = _of_images(slots, images, math.prod(plan.counts) * plan.query_slots)
+        return _Chunk([_of_images(index, images, tokens) for index in indices], owned, slots)
 
-    whole = chunk_of(row_chunks[0]) if len(row_chunks) == 1 else None
+    kept = {}  # by the number of images
+    if len(row_chunks) == 1:
+        kept = {count: chunk_of(row_chunks[0], count) for count in {x.stop - x.start for x in image_chunks}}
+
+    def matrices_of(query: Tensor, key: Tensor | None, value: Tensor | None) -> list[list[Tensor]]:
+        """Tokens of query, key and value, a list for each of `sources`: one matrix if they are side by side."""
+        if gap is None:
+            tensors = query, key, value
+            return [_side_by_side(tensors[part], views[part], width) for part, *_ in sources]
+        (rows, _), stride = views[0]
+        columns = [(part.start * width, (part.stop - part.start) * width) for part, *_ in sources]
+        return [[query.as_strided((rows, n), stride, query.storage_offset() + first)] for first, n in columns]
 
     def gather(chunk: _Chunk, matrices: list[list[Tensor]], images: slice) -> list[Tensor]:
         """Tiles (images * tiles, heads, slots, dim) of query, key and value, in memory that is used again."""
-        count = images.stop - images.start
-        columns = [sum(matrix.shape[1] for matrix in group) for group in matrices]
-        size = count * sum(len(index) * n for index, n in zip(chunk.indices, columns, strict=True))
-        memory, tiles = _scratch.get(size, layout.dtype), []
-        for (*_, slots), group, index in zip(sources, matrices, chunk.indices, strict=True):
-            index = _of_images(index, count, tokens)
+        sizes = [
+            (index.shape[0], sum(matrix.shape[1] for matrix in group))
+            for index, group in zip(chunk.indices, matrices, strict=True)
+        ]
+        memory, start = _scratch.get(sum(rows * columns for rows, columns in sizes), layout.dtype), 0
+        tiles: list[Tensor] = []
+        for (*_, slots), index, group in zip(sources, chunk.indices, matrices, strict=True):
+            rows = index.shape[0]
             for matrix in group:
-                part = memory[: len(index) * matrix.shape[1]].view(len(index), -1)
-                memory = memory[part.numel() :]
-                torch.index_select(matrix.narrow(0, images.start * tokens, count * tokens), 0, index, out=part)
-                tiles += part.view(-1, slots, part.shape[1] // width, heads, dim).permute(2, 0, 3, 1, 4).unbind()
+                columns = matrix.shape[1]
+                part = memory.as_strided((rows, columns), (columns, 1), start)
+                torch.index_select(_of_chunk(matrix, images), 0, index, out=part)
+                shape = columns // width, rows // slots, heads, slots, dim
+                tiles += memory.as_strided(shape, (width, slots * columns, dim, columns, 1), start).unbind()
+                start += rows * columns
         return tiles
 
-    def scatter(chunk: _Chunk, tiles: Tensor, result: Tensor) -> None:
-        """Write tiles (images * tiles, heads, slots, ...) to `result` (images, tokens, columns)."""
-        count, _, columns = result.shape
-        tiles = tiles.transpose(1, 2).reshape(-1, columns)
-        index = _of_images(chunk.slots, count, len(tiles) // count)
+    def scatter(chunk: _Chunk, tiles: Tensor, result: Tensor, images: slice) -> None:
+        """Write tiles (images * tiles, heads, slots, ...) to `result` (batch * tokens, columns)."""
+        tiles = tiles.transpose(1, 2).reshape(-1, result.shape[1])
+        result = _of_chunk(result, images)
         if chunk.tokens is None:
-            torch.index_select(tiles, 0, index, out=result.view(-1, columns))
+            torch.index_select(tiles, 0, chunk.slots, out=result)
         else:
-            result.index_copy_(1, chunk.tokens, tiles.index_select(0, index).view(count, -1, columns))
+            result.index_copy_(0, chunk.tokens, tiles.index_select(0, chunk.slots))
 
-    def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        tensors = query, key, value
-        matrices = [_side_by_side(tensors[part], views[part], width) for part, *_ in sources]
-        out = torch.empty((batch, tokens, width), dtype=layout.dtype)
-        lse = torch.empty((batch, tokens, heads), dtype=working_dtype(layout.dtype)) if with_lse else None
+    def _of_chunk(matrix: Tensor, images: slice) -> Tensor:
+        """The rows of `matrix` (batch * tokens, columns) that are tokens of `images`."""
+        return matrix if len(image_chunks) == 1 else matrix[images.start * tokens : images.stop * tokens]
+
+    def run(query: Tensor, key: Tensor | None, value: Tensor | None, rpb: Tensor | None) -> tuple:
+        matrices = matrices_of(query, key, value)
+        out = torch.empty((batch * tokens, width), dtype=layout.dtype)
+        lse = torch.empty((batch * tokens, heads), dtype=working_dtype(layout.dtype)) if with_lse else None
         for rows in row_chunks:
-            if whole is not None:
-                chunk, bias = whole, _biases.get(key_of_bias, rpb, make_bias) if key_of_bias else None
+            if kept:
+                chunks, bias = kept, _biases.get(key_of_bias, rpb, make_bias) if key_of_bias else None
             else:  # a large map, whose bias would push all others out
-                chunk, bias = chunk_of(rows), make_bias(rpb, rows)
+                chunks, bias = {1: chunk_of(rows, 1)}, make_bias(rpb, rows)
             for images in image_chunks:
+                chunk = chunks[images.stop - images.start]
                 results = _fused(*gather(chunk, matrices, images), attn_mask=bias, scale=scale)
-                scatter(chunk, results[0], out[images])
+                scatter(chunk, results[0], out, images)
                 if with_lse:
-                    scatter(chunk, results[1], lse[images])
+                    scatter(chunk, results[1], lse, images)
         return out.view(layout.shape), lse.view(layout.shape[:-1]) if with_lse else None
 
     return run
@@ -263,14 +314,14 @@ class _Scratch(threading.local):
         self._memory: dict[torch.dtype, Tensor] = {}
 
     def get(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Memory with anything in it, until the next call."""
+        """Memory of at least so many elements with anything in it, until the next call."""
         if elements * dtype.itemsize > _SCRATCH:
             return torch.empty(elements, dtype=dtype)
         memory = self._memory.get(dtype)
-        if memory is None or elements > len(memory):
+        if memory is None or elements > memory.shape[0]:
             with torch.inference_mode(False):
                 memory = self._memory[dtype] = torch.empty(elements, dtype=dtype)
-        return memory[:elements]
+        return memory
 
 
 _scratch = _Scratch()
