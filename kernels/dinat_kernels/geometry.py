@@ -28,6 +28,10 @@ class Neighborhood(NamedTuple):
     def rank(self) -> int:
         return len(self.kernel_size)
 
+    def undilated(self) -> Neighborhood:
+        """The window among the tokens of a dilation group."""
+        return self._replace(dilation=(1,) * self.rank)
+
     def flat(self) -> list[int]:
         """All entries in one list, as the ops take them."""
         return [int(x) for axes in self for x in axes]

@@ -1,5 +1,6 @@
 """Neighborhood attention as layers, with the parameters of the published checkpoints: `qkv`, `rpb` and `proj`."""
 
+from collections.abc import Sequence
 from typing import List, Optional  # noqa: UP035  TorchScript reads the annotations of attributes
 
 import torch
@@ -7,8 +8,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .functional import Bools, Ints, attend
-from .geometry import make_neighborhood
+from .geometry import Neighborhood, make_neighborhood
 from .impl.tiled import unrolled
+
+
+def _split(x: Tensor, dilation: Sequence[int]) -> Tensor:
+    """Dilation groups as images: (batch, *spatial, dim) to (batch * groups, *positions, dim)."""
+    batch, *spatial, dim = x.shape
+    rank = len(spatial)
+    sizes = [size for n, d in zip(spatial, dilation, strict=True) for size in (n // d, d)]
+    groups, positions = range(2, 2 * rank + 1, 2), range(1, 2 * rank, 2)
+    return x.reshape(batch, *sizes, dim).permute(0, *groups, *positions, 2 * rank + 1).flatten(0, rank)
+
+
+def _join(x: Tensor, dilation: Sequence[int]) -> Tensor:
+    """Undo `_split`."""
+    _, *positions, dim = x.shape
+    rank = len(positions)
+    spatial = [n * d for n, d in zip(positions, dilation, strict=True)]
+    order = [1 + axis + part * rank for axis in range(rank) for part in (1, 0)]
+    return x.view(-1, *dilation, *positions, dim).permute(0, *order, 2 * rank + 1).reshape(-1, *spatial, dim)
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -104,12 +123,11 @@ class _NeighborhoodAttention(nn.Module):
             padded = padded or missing > 0
         y = F.pad(x, padding) if padded else x
 
-        qkv = torch.unflatten(self.qkv(y), -1, (3, self.num_heads, self.head_dim))
         if torch.jit.is_scripting():
             assert not (self.training and self.attn_drop > 0), "attn_drop is not supported by TorchScript training"
             backend = self.backend
             y, _ = torch.ops.dinat_kernels.attention(
-                qkv,
+                torch.unflatten(self.qkv(y), -1, (3, self.num_heads, self.head_dim)),
                 None,
                 None,
                 self.rpb,
@@ -117,31 +135,47 @@ class _NeighborhoodAttention(nn.Module):
                 self.scale,
                 "" if backend is None else backend,
             )
+            y = y.flatten(-2)
+        elif self._is_split(y):
+            groups = self._attend(_split(y, self._window.dilation), self._window.undilated())
+            y = _join(groups, self._window.dilation)
         else:
-            y = self._attend(qkv)
+            y = self._attend(y, self._window)
         if padded:
             for axis in range(1, x.dim() - 1):
                 y = y.narrow(axis, 0, x.shape[axis])
-        y = self.proj(y.flatten(-2))
+        y = self.proj(y)
         return y if self.proj_drop is None else self.proj_drop(y)
 
     @torch.jit.unused
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def _is_split(self, x: Tensor) -> bool:
+        """Whether dilation groups become images of their own: on the CPU, where every group is a single window.
+
+        A kernel for GPUs reads tokens where they are.  On the CPU they are gathered, and it is faster to do that before
+        the projection makes three of each.
+        """
+        kernel_size, dilation = self._window[:2]
+        if x.is_cuda or max(dilation) == 1 or torch.jit.is_tracing():
+            return False
+        sizes = [(k * d, n) for k, d, n in zip(kernel_size, dilation, x.shape[1:-1], strict=True)]
+        if torch.compiler.is_compiling():  # a symbolic size must not become a fixed one
+            from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+            return all(statically_known_true(covered == n) for covered, n in sizes)
+        return all(covered == n for covered, n in sizes)
+
+    @torch.jit.unused
+    def _attend(self, x: Tensor, window: Neighborhood) -> Tensor:
+        """Projection and attention, heads side by side."""
+        qkv = torch.unflatten(self.qkv(x), -1, (3, self.num_heads, self.head_dim))
         if self.training and self.attn_drop > 0:
             if self.backend not in (None, "torch"):
                 raise RuntimeError(f'attn_drop needs backend None or "torch" in training, got backend={self.backend!r}')
-            return unrolled.attention(*qkv.unbind(-3), self.rpb, self._window, self.scale, dropout_p=self.attn_drop)[0]
-        return attend(
-            self.rank,
-            qkv,
-            None,
-            None,
-            self._window,
-            self.scale,
-            self.rpb,
-            return_lse=False,
-            backend=self.backend,
-        )
+            q, k, v = qkv.unbind(-3)
+            y, _ = unrolled.attention(q, k, v, self.rpb, window, self.scale, dropout_p=self.attn_drop)
+        else:
+            y = attend(self.rank, qkv, None, None, window, self.scale, self.rpb, return_lse=False, backend=self.backend)
+        return y.flatten(-2)
 
     def extra_repr(self) -> str:
         return (

@@ -384,6 +384,41 @@ def test_layouts_of_the_fused_path(layout, batch, small, monkeypatch):
     functional._prepare.cache_clear()
 
 
+PACKED = {
+    "as projected": lambda *shape: torch.randn(*shape[:-2], 3, *shape[-2:]),
+    "of more images": lambda *shape: torch.randn(shape[0] + 2, *shape[1:-2], 3, *shape[-2:])[1:-1],
+    "one by one": lambda *shape: torch.randn(3, *shape).movedim(0, -3),
+    "with a gap": lambda *shape: torch.randn(*shape[:-2], 6, *shape[-2:])[..., ::2, :, :],
+    "heads first": lambda *shape: torch.randn(*shape[:-2], shape[-2], 3, shape[-1]).transpose(-3, -2),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layout", PACKED)
+def test_packed_projections(layout, batch):
+    """As layers hand them over: values and gradients against the reference, which gets query, key and value."""
+    torch.manual_seed(0)
+    for size, dilation in [((7, 9), 1), ((14, 15), 1), ((14, 14), 2), ((21, 17), 1)]:
+        packed = PACKED[layout](batch, *size, 2, 8).requires_grad_()
+        rpb = torch.randn(2, 13, 13, requires_grad=True)
+        window = make_neighborhood(2, 7, dilation)
+
+        def attend(*inputs, backend, window=window, rpb=rpb):
+            return functional.attend(2, *inputs, window, None, rpb, return_lse=True, backend=backend)
+
+        def gradients(out, lse, packed=packed, rpb=rpb):
+            return torch.autograd.grad(out.sin().sum() + lse.sum(), [packed, rpb])
+
+        expected = attend(*packed.unbind(-3), backend="reference")
+        expected_gradients = gradients(*expected)
+        for backend in BACKENDS:
+            with torch.no_grad():
+                torch.testing.assert_close(attend(packed, None, None, backend=backend), expected, atol=2e-5, rtol=0)
+            actual = attend(packed, None, None, backend=backend)
+            torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
+            torch.testing.assert_close(gradients(*actual), expected_gradients, atol=1e-4, rtol=1e-5)
+
+
 def test_calls_from_several_threads():
     """Kept biases are shared, memory for gathered tiles is each thread's own."""
     problems = []

@@ -37,6 +37,50 @@ def test_small_maps_are_padded_before_the_projection(rank):
     torch.testing.assert_close(layer(x), layer(padded)[inside])
 
 
+@pytest.mark.parametrize(
+    ("window", "spatial"),
+    [
+        (dict(kernel_size=3, dilation=4), (12,)),
+        (dict(kernel_size=3, dilation=2), (6, 6)),
+        (dict(kernel_size=(3, 2), dilation=(1, 5)), (3, 10)),
+        (dict(kernel_size=4, dilation=2, stride=(2, 3), is_causal=(True, False), rel_pos_bias=False), (8, 8)),
+        (dict(kernel_size=3, dilation=3), (9, 5)),  # padded
+        (dict(kernel_size=2, dilation=(3, 1, 2)), (6, 2, 4)),
+    ],
+)
+def test_where_a_dilation_group_is_one_window_it_is_an_image(window, spatial):
+    """Values and gradients against the reference, which knows nothing of it."""
+    rank = len(spatial)
+    layers = [LAYERS[rank](16, 2, **window, backend=backend) for backend in (None, "reference")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    layers[1]._is_split = lambda x: False
+    sizes = [k * d for k, d in zip(layers[0].kernel_size, layers[0].dilation, strict=True)]
+    assert layers[0]._is_split(torch.empty(2, *sizes, 16))
+    assert not layers[0]._is_split(torch.empty(2, *[n + 1 for n in sizes], 16))
+
+    x, results = torch.randn(2, *spatial, 16), []
+    for layer in layers:
+        inputs = [x.clone().requires_grad_(), *layer.parameters()]
+        out = layer(inputs[0])
+        results.append([out, *torch.autograd.grad(out.sin().sum(), inputs)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_dynamic_size_stays_dynamic():
+    """Though at the size of the example, dilation groups could be images."""
+    layer, x = NeighborhoodAttention2d(16, 2, 3, 2), torch.randn(2, 6, 6, 16)
+    for axis in (1, 2):
+        torch._dynamo.mark_dynamic(x, axis)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for sizes in ((7, 9), (6, 8), (12, 6)):
+            x = torch.randn(2, *sizes, 16)
+            torch.testing.assert_close(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize("rank", LAYERS)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_script_trace_and_compile(rank):

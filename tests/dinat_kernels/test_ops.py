@@ -35,16 +35,19 @@ class Attend(torch.nn.Module):
 WINDOW = ([3, 3, 1, 2, 1, 1, 0, 0], 0.3, "torch")
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_opcheck(with_bias):
+def test_opcheck(with_bias, packed):
     q, k, v, rpb = make(requires_grad=True)
+    if packed:
+        q, k, v = torch.stack([q, k, v], -3).detach().requires_grad_(), None, None
     rpb = rpb if with_bias else None
     torch.library.opcheck(forward, (q, k, v, rpb, *WINDOW))
     with torch.no_grad():
         out, lse = forward(q, k, v, rpb, *WINDOW)
     grads = (torch.randn_like(out), torch.randn_like(lse))
-    q, k, v = (x.detach() for x in (q, k, v))
-    torch.library.opcheck(backward, (*grads, q, k, v, None if rpb is None else rpb.detach(), out, lse, *WINDOW))
+    q, k, v, rpb = (None if x is None else x.detach() for x in (q, k, v, rpb))
+    torch.library.opcheck(backward, (*grads, q, k, v, rpb, out, lse, *WINDOW))
 
 
 def test_compiled_without_gradients_keeps_no_lse():
@@ -201,10 +204,12 @@ def test_meta_tensors():
     assert (out.shape, lse.shape, out.device.type) == ((2, 8, 9, 4, 8), (2, 8, 9, 4), "meta")
 
 
-def test_flops_count_visible_keys():
-    inputs = make(requires_grad=True)
+@pytest.mark.parametrize("packed", [True, False])
+def test_flops_count_visible_keys(packed):
+    q, k, v, rpb = make(requires_grad=True)
+    inputs = (torch.stack([q, k, v], -3), None, None) if packed else (q, k, v)
     with FlopCounterMode(display=False) as counter:
-        attend(*inputs)[0].sum().backward()
+        forward(*inputs, rpb, *WINDOW)[0].sum().backward()
     product = 2 * 2 * 72 * 4 * 9 * 8  # one matrix product: 2 FLOP x batch x queries x heads x visible keys x head_dim
     assert counter.get_total_flops() == product * (2 + 5)
 
