@@ -12,6 +12,24 @@ from .geometry import Neighborhood, make_neighborhood
 from .impl.tiled import unrolled
 
 
+def _is_split(x: Tensor, window: Neighborhood) -> bool:
+    """Whether a layer makes images of dilation groups: anywhere but on CUDA, where every group is a single window.
+
+    CUDA kernels read tokens where they are.  Elsewhere they are gathered, and it is faster to do that before the
+    projection makes three of each.
+    """
+    if x.is_cuda or max(window.dilation) == 1 or x.dim() != window.rank + 2 or torch.jit.is_tracing():
+        return False
+    sizes = x.shape[1:-1]
+    same = [k * d == n for k, d, n in zip(window.kernel_size, window.dilation, sizes, strict=True)]
+    if torch.compiler.is_compiling() or any(type(n) is not int for n in sizes):
+        # A symbolic size must not become a fixed one.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return all(statically_known_true(equal) for equal in same)
+    return all(same)
+
+
 def _split(x: Tensor, dilation: Sequence[int]) -> Tensor:
     """Dilation groups as images: (batch, *spatial, dim) to (batch * groups, *positions, dim)."""
     batch, *spatial, dim = x.shape
@@ -27,7 +45,7 @@ def _join(x: Tensor, dilation: Sequence[int]) -> Tensor:
     rank = len(positions)
     spatial = [n * d for n, d in zip(positions, dilation, strict=True)]
     order = [1 + axis + part * rank for axis in range(rank) for part in (1, 0)]
-    return x.view(-1, *dilation, *positions, dim).permute(0, *order, 2 * rank + 1).reshape(-1, *spatial, dim)
+    return x.reshape(-1, *dilation, *positions, dim).permute(0, *order, 2 * rank + 1).reshape(-1, *spatial, dim)
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -111,8 +129,8 @@ class _NeighborhoodAttention(nn.Module):
     @torch.jit.ignore
     def set_window(self, kernel_size: Ints, dilation: Ints = 1, stride: Ints = 1, is_causal: Bools = False) -> None:
         """Change the window.  The caller keeps `rpb` in step when `kernel_size` changes."""
-        self._window = make_neighborhood(self.rank, kernel_size, dilation, stride, is_causal)
-        self.kernel_size, self.dilation, self.stride, self.is_causal = map(list, self._window)  # for TorchScript
+        window = make_neighborhood(self.rank, kernel_size, dilation, stride, is_causal)
+        self.kernel_size, self.dilation, self.stride, self.is_causal = map(list, window)
 
     def forward(self, x: Tensor) -> Tensor:
         padding = [0, 0]
@@ -136,11 +154,8 @@ class _NeighborhoodAttention(nn.Module):
                 "" if backend is None else backend,
             )
             y = y.flatten(-2)
-        elif self._is_split(y):
-            groups = self._attend(_split(y, self._window.dilation), self._window.undilated())
-            y = _join(groups, self._window.dilation)
         else:
-            y = self._attend(y, self._window)
+            y = self._attend(y)
         if padded:
             for axis in range(1, x.dim() - 1):
                 y = y.narrow(axis, 0, x.shape[axis])
@@ -148,25 +163,13 @@ class _NeighborhoodAttention(nn.Module):
         return y if self.proj_drop is None else self.proj_drop(y)
 
     @torch.jit.unused
-    def _is_split(self, x: Tensor) -> bool:
-        """Whether dilation groups become images of their own: on the CPU, where every group is a single window.
-
-        A kernel for GPUs reads tokens where they are.  On the CPU they are gathered, and it is faster to do that before
-        the projection makes three of each.
-        """
-        kernel_size, dilation = self._window[:2]
-        if x.is_cuda or max(dilation) == 1 or torch.jit.is_tracing():
-            return False
-        sizes = [(k * d, n) for k, d, n in zip(kernel_size, dilation, x.shape[1:-1], strict=True)]
-        if torch.compiler.is_compiling():  # a symbolic size must not become a fixed one
-            from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-            return all(statically_known_true(covered == n) for covered, n in sizes)
-        return all(covered == n for covered, n in sizes)
-
-    @torch.jit.unused
-    def _attend(self, x: Tensor, window: Neighborhood) -> Tensor:
+    def _attend(self, x: Tensor) -> Tensor:
         """Projection and attention, heads side by side."""
+        window = Neighborhood(*map(tuple, (self.kernel_size, self.dilation, self.stride, self.is_causal)))
+        dilation = window.dilation
+        split = _is_split(x, window)
+        if split:
+            x, window = _split(x, dilation), window.undilated()
         qkv = torch.unflatten(self.qkv(x), -1, (3, self.num_heads, self.head_dim))
         if self.training and self.attn_drop > 0:
             if self.backend not in (None, "torch"):
@@ -175,7 +178,8 @@ class _NeighborhoodAttention(nn.Module):
             y, _ = unrolled.attention(q, k, v, self.rpb, window, self.scale, dropout_p=self.attn_drop)
         else:
             y = attend(self.rank, qkv, None, None, window, self.scale, self.rpb, return_lse=False, backend=self.backend)
-        return y.flatten(-2)
+        y = y.flatten(-2)
+        return _join(y, dilation) if split else y
 
     def extra_repr(self) -> str:
         return (

@@ -393,14 +393,15 @@ PACKED = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layout", PACKED)
-def test_packed_projections(layout, batch):
+def test_packed_projections(layout, batch, dtype):
     """As layers hand them over: values and gradients against the reference, which gets query, key and value."""
     torch.manual_seed(0)
     for size, dilation in [((7, 9), 1), ((14, 15), 1), ((14, 14), 2), ((21, 17), 1)]:
-        packed = PACKED[layout](batch, *size, 2, 8).requires_grad_()
-        rpb = torch.randn(2, 13, 13, requires_grad=True)
+        packed = PACKED[layout](batch, *size, 2, 8).to(dtype).requires_grad_()
+        rpb = torch.randn(2, 13, 13, dtype=dtype, requires_grad=True)
         window = make_neighborhood(2, 7, dilation)
 
         def attend(*inputs, backend, window=window, rpb=rpb):
@@ -417,6 +418,31 @@ def test_packed_projections(layout, batch):
             actual = attend(packed, None, None, backend=backend)
             torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
             torch.testing.assert_close(gradients(*actual), expected_gradients, atol=1e-4, rtol=1e-5)
+
+
+def test_a_packed_projection_has_three_parts():
+    packed = torch.randn(1, 7, 7, 2, 1, 8)
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match=r"must have shape \(..., 3, heads, dim\), got \(1, 7, 7, 2, 1, 8\)"):
+            functional.attend(2, packed, None, None, make_neighborhood(2, 7), None, None, False, backend)
+
+
+def test_results_are_not_the_memory_of_tiles():
+    q, k, v = torch.randn(1, 21, 21, 3, 2, 8).unbind(3)
+    first = na2d(q, k, v, 7, backend="torch")
+    before = first.clone()
+    na2d(v, q, k, 7, backend="torch")
+    assert torch.equal(first, before)
+
+
+def test_another_default_device(monkeypatch):
+    """Tensors are where the inputs are, and memory that is kept is the CPU's."""
+    monkeypatch.setattr(cpu, "_scratch", cpu._Scratch())
+    functional._prepare.cache_clear()
+    q, k, v = torch.randn(2, 21, 21, 3, 2, 8).unbind(3)
+    with torch.device("meta"):
+        out = na2d(q, k, v, 7, backend="torch")
+    torch.testing.assert_close(out, na2d(q, k, v, 7, backend="reference"))
 
 
 def test_calls_from_several_threads():

@@ -1,8 +1,12 @@
 """The layers: parameters, small-map padding, dropout, scripting."""
 
+import warnings
+
 import pytest
 import torch
-from dinat_kernels import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d, na2d
+from dinat_kernels import NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d, modules, na2d
+from dinat_kernels.geometry import make_neighborhood
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 LAYERS = {1: NeighborhoodAttention1d, 2: NeighborhoodAttention2d, 3: NeighborhoodAttention3d}
@@ -48,21 +52,24 @@ def test_small_maps_are_padded_before_the_projection(rank):
         (dict(kernel_size=2, dilation=(3, 1, 2)), (6, 2, 4)),
     ],
 )
-def test_where_a_dilation_group_is_one_window_it_is_an_image(window, spatial):
+def test_where_a_dilation_group_is_one_window_it_is_an_image(window, spatial, monkeypatch):
     """Values and gradients against the reference, which knows nothing of it."""
     rank = len(spatial)
     layers = [LAYERS[rank](16, 2, **window, backend=backend) for backend in (None, "reference")]
     layers[1].load_state_dict(layers[0].state_dict())
-    layers[1]._is_split = lambda x: False
-    sizes = [k * d for k, d in zip(layers[0].kernel_size, layers[0].dilation, strict=True)]
-    assert layers[0]._is_split(torch.empty(2, *sizes, 16))
-    assert not layers[0]._is_split(torch.empty(2, *[n + 1 for n in sizes], 16))
+    neighborhood = make_neighborhood(rank, *(getattr(layers[0], n) for n in ("kernel_size", "dilation")))
+    sizes = [k * d for k, d in zip(*neighborhood[:2], strict=True)]
+    assert modules._is_split(torch.empty(2, *sizes, 16), neighborhood)
+    for axis in range(rank):
+        longer = [n + (a == axis) for a, n in enumerate(sizes)]
+        assert not modules._is_split(torch.empty(2, *longer, 16), neighborhood)
 
     x, results = torch.randn(2, *spatial, 16), []
     for layer in layers:
         inputs = [x.clone().requires_grad_(), *layer.parameters()]
         out = layer(inputs[0])
         results.append([out, *torch.autograd.grad(out.sin().sum(), inputs)])
+        monkeypatch.setattr(modules, "_is_split", lambda *args: False)  # for the reference
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
 
@@ -79,6 +86,26 @@ def test_a_dynamic_size_stays_dynamic():
         for sizes in ((7, 9), (6, 8), (12, 6)):
             x = torch.randn(2, *sizes, 16)
             torch.testing.assert_close(compiled(x), layer(x))
+    layer.requires_grad_(False)
+    traced = make_fx(layer, tracing_mode="symbolic", _allow_non_fake_inputs=True)(torch.randn(2, 6, 6, 16))
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_attributes_are_what_counts():
+    """Whether a layer is scripted or not."""
+    layer, x = NeighborhoodAttention2d(16, 2, 3), torch.randn(1, 6, 7, 16)
+    layer.dilation, layer.scale = [2, 1], 0.5
+    expected = NeighborhoodAttention2d(16, 2, 3, (2, 1), qk_scale=0.5)
+    expected.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), expected(x))
+    with warnings.catch_warnings(action="ignore"):
+        torch.testing.assert_close(torch.jit.script(layer)(x), expected(x))
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_input_of_another_rank(dilation):
+    with pytest.raises(ValueError, match=r"must be 5-dimensional, \(batch, X, Y, heads, dim\), got shape"):
+        NeighborhoodAttention2d(16, 2, 3, dilation)(torch.randn(2, 6, 6, 6, 16))
 
 
 @pytest.mark.parametrize("rank", LAYERS)

@@ -25,7 +25,9 @@ class Layout(NamedTuple):
         return self._replace(stride=tuple(stride))
 
     def unbound(self) -> Layout:
-        """The layout of each of `x.unbind(-3)`."""
+        """The layout of each of `x.unbind(-3)`, of which there must be three."""
+        if len(self.shape) < 3 or self.shape[-3] != 3:
+            raise ValueError(f"a packed projection must have shape (..., 3, heads, dim), got {tuple(self.shape)}")
         shape, stride = ((*of_x[:-3], *of_x[-2:]) for of_x in (self.shape, self.stride))
         return self._replace(shape=shape, stride=stride)
 

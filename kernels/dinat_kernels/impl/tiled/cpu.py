@@ -269,8 +269,10 @@ def _tiles(
 
     def run(query: Tensor, key: Tensor | None, value: Tensor | None, rpb: Tensor | None) -> tuple:
         matrices = matrices_of(query, key, value)
-        out = torch.empty((batch * tokens, width), dtype=layout.dtype)
-        lse = torch.empty((batch * tokens, heads), dtype=working_dtype(layout.dtype)) if with_lse else None
+        out = torch.empty((batch * tokens, width), dtype=layout.dtype, device=device)
+        lse = (
+            torch.empty((batch * tokens, heads), dtype=working_dtype(layout.dtype), device=device) if with_lse else None
+        )
         for rows in row_chunks:
             if kept:
                 chunks, bias = kept, _biases.get(key_of_bias, rpb, make_bias) if key_of_bias else None
@@ -289,7 +291,7 @@ def _tiles(
 
 def _of_images(index: Tensor, images: int, rows: int) -> Tensor:
     """Where `index` points to in each of some images of `rows` rows that lie one below the other."""
-    return index if images == 1 else (index + rows * torch.arange(images)[:, None]).flatten()
+    return index if images == 1 else (index + rows * torch.arange(images, device=index.device)[:, None]).flatten()
 
 
 def _side_by_side(tensors: Sequence[Tensor], views: Sequence[_View], width: int) -> list[Tensor]:
@@ -316,11 +318,11 @@ class _Scratch(threading.local):
     def get(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Memory of at least so many elements with anything in it, until the next call."""
         if elements * dtype.itemsize > _SCRATCH:
-            return torch.empty(elements, dtype=dtype)
+            return torch.empty(elements, dtype=dtype, device="cpu")
         memory = self._memory.get(dtype)
         if memory is None or elements > memory.shape[0]:
             with torch.inference_mode(False):
-                memory = self._memory[dtype] = torch.empty(elements, dtype=dtype)
+                memory = self._memory[dtype] = torch.empty(elements, dtype=dtype, device="cpu")
         return memory
 
 
