@@ -427,6 +427,22 @@ def test_a_packed_projection_has_three_parts():
             functional.attend(2, packed, None, None, make_neighborhood(2, 7), None, None, False, backend)
 
 
+def test_a_bias_for_several_images(monkeypatch):
+    """Five images, two and two and one at a time."""
+    window = make_neighborhood(2, 7)
+    p = plan.plan_of((21, 17), window, cpu._COSTS)
+    assert not p.uniform
+    monkeypatch.setattr(cpu, "_BIAS_OF_IMAGES", 2 * 2 * math.prod(p.counts) * p.query_slots * p.key_slots)
+    functional._prepare.cache_clear()
+    q, k, v = torch.randn(5, 21, 17, 3, 2, 8).unbind(3)
+    for rpb in (None, torch.randn(2, 13, 13)):
+        expected = na2d(q, k, v, 7, rpb=rpb, return_lse=True, backend="reference")
+        for _ in range(2):
+            actual = na2d(q, k, v, 7, rpb=rpb, return_lse=True, backend="torch")
+            torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
+    functional._prepare.cache_clear()
+
+
 def test_results_are_not_the_memory_of_tiles():
     q, k, v = torch.randn(1, 21, 21, 3, 2, 8).unbind(3)
     first = na2d(q, k, v, 7, backend="torch")

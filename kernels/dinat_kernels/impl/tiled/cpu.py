@@ -24,6 +24,8 @@ from .plan import Costs, Plan, plan_of, slices
 
 # Entries of the additive tensor that one call of the fused attention reads: 16 MB in float32.
 _BIAS_CHUNK = 1 << 22
+# As many of them may repeat it for several images: 1 MB.
+_BIAS_OF_IMAGES = 1 << 18
 # Bytes of gathered tiles, unless an image needs more.
 _SCRATCH = 16 << 20
 # Bytes of additive tensors that are kept for the next call.
@@ -209,22 +211,26 @@ def _tiles(
     sources = [(slice(0, 1), "query", plan.query_slots), (slice(1, 3), "key", plan.key_slots)]
     if plan.same_tokens:
         sources = [(slice(0, 3), "query", plan.query_slots)]
-    if plan.uniform or key_of_bias is None:  # all tiles of all images share the bias
-        gathered = math.prod(plan.counts) * (plan.query_slots + 2 * plan.key_slots) * width * layout.dtype.itemsize
-        row_chunks, step = [slice(0, plan.counts[0])], max(1, _SCRATCH // gathered)
-    else:
-        row_chunks, step = plan.chunks(heads, 1, _BIAS_CHUNK)[0], 1
+    count = math.prod(plan.counts)  # tiles of an image
+    gathered = count * (plan.query_slots + 2 * plan.key_slots) * width * layout.dtype.itemsize
+    row_chunks, step = [slice(0, plan.counts[0])], max(1, _SCRATCH // gathered)
+    same_bias = plan.uniform or key_of_bias is None  # for all tiles
+    if not same_bias:
+        row_chunks, _ = plan.chunks(heads, 1, _BIAS_CHUNK)
+        entries = heads * count * plan.query_slots * plan.key_slots
+        step = max(1, min(step, batch, _BIAS_OF_IMAGES // entries)) if len(row_chunks) == 1 else 1
+        key_of_bias, make_bias = (key_of_bias, step), partial(make_bias, images=step)
     image_chunks = slices(batch, step)
 
     def chunk_of(rows: slice, images: int) -> _Chunk:
         indices = [plan.gathered(name, rows, device).flatten() for _, name, _ in sources]
         owned, slots = (None, plan.tensor("slot", device=device)) if len(row_chunks) == 1 else plan.owned(rows)
-        slots = _of_images(slots, images, math.prod(plan.counts) * plan.query_slots)
+        slots = _of_images(slots, images, count * plan.query_slots)
         return _Chunk([_of_images(index, images, tokens) for index in indices], owned, slots)
 
     kept = {}  # by the number of images
     if len(row_chunks) == 1:
-        kept = {count: chunk_of(row_chunks[0], count) for count in {x.stop - x.start for x in image_chunks}}
+        kept = {images: chunk_of(row_chunks[0], images) for images in {x.stop - x.start for x in image_chunks}}
 
     def matrices_of(query: Tensor, key: Tensor | None, value: Tensor | None) -> list[list[Tensor]]:
         """Tokens of query, key and value, a list for each of `sources`: one matrix if they are side by side."""
@@ -279,8 +285,9 @@ def _tiles(
             else:  # a large map, whose bias would push all others out
                 chunks, bias = {1: chunk_of(rows, 1)}, make_bias(rpb, rows)
             for images in image_chunks:
-                chunk = chunks[images.stop - images.start]
-                results = _fused(*gather(chunk, matrices, images), attn_mask=bias, scale=scale)
+                n = images.stop - images.start
+                chunk, of_chunk = chunks[n], bias if same_bias or n == step else bias[: n * count]
+                results = _fused(*gather(chunk, matrices, images), attn_mask=of_chunk, scale=scale)
                 scatter(chunk, results[0], out, images)
                 if with_lse:
                     scatter(chunk, results[1], lse, images)
@@ -335,7 +342,14 @@ def _bias_source(plan: Plan, layout: Layout, of_rpb: Layout | None) -> tuple[Has
     return key, partial(_additive, plan, layout)
 
 
-def _additive(plan: Plan, layout: Layout, rpb: Tensor | None, rows: slice = slice(None)) -> Tensor | None:
-    """Bias and mask of the tiles in `rows`, (tiles or 1, heads or 1, queries, keys); None without either."""
+def _additive(
+    plan: Plan, layout: Layout, rpb: Tensor | None, rows: slice = slice(None), images: int = 1
+) -> Tensor | None:
+    """Bias and mask of the tiles in `rows` of some images, (images * tiles or 1, heads or 1, queries, keys); None
+    without either.
+    """
     bias = plan.bias(rpb, working_dtype(layout.dtype), layout.device)
-    return None if bias is None else plan.tile_bias(bias, rows).transpose(0, 1)
+    if bias is None:
+        return None
+    bias = plan.tile_bias(bias, rows).transpose(0, 1)
+    return bias if images == 1 else bias.repeat(images, 1, 1, 1)
