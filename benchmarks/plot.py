@@ -83,9 +83,13 @@ def draw_scale(operator: list[Row], scale: list[Row]) -> Figure:
     points = sorted(last(scale, "model", "pixels").values(), key=lambda row: int(row["pixels"]))
     pixels = [int(row["pixels"]) for row in points]
     for axis, column, unit, what in ((axes[1], "ns_per_token", 1e-3, "µs"), (axes[2], "bytes_per_token", 1e-3, "kB")):
-        axis.plot(pixels, [unit * float(row[column]) for row in points], "o-", color=BLUE)
+        per_token = [unit * float(row[column]) for row in points]
+        axis.plot(pixels, per_token, "o-", color=BLUE)
         axis.set(
-            xscale="log", ylim=(0, None), xlabel="pixels per side of the image", ylabel=f"{what} per token (4 x 4 px)"
+            xscale="log",
+            ylim=(0, 1.1 * max(per_token)),
+            xlabel="pixels per side of the image",
+            ylabel=f"{what} per token (4 x 4 px)",
         )
         axis.set_xticks(pixels, pixels)
         axis.minorticks_off()
