@@ -211,13 +211,13 @@ def _tiles(
     sources = [(slice(0, 1), "query", plan.query_slots), (slice(1, 3), "key", plan.key_slots)]
     if plan.same_tokens:
         sources = [(slice(0, 3), "query", plan.query_slots)]
-    count = math.prod(plan.counts)  # tiles of an image
-    gathered = count * (plan.query_slots + 2 * plan.key_slots) * width * layout.dtype.itemsize
+    tiles_of_image = math.prod(plan.counts)
+    gathered = tiles_of_image * (plan.query_slots + 2 * plan.key_slots) * width * layout.dtype.itemsize
     row_chunks, step = [slice(0, plan.counts[0])], max(1, _SCRATCH // gathered)
     same_bias = plan.uniform or key_of_bias is None  # for all tiles
     if not same_bias:
         row_chunks, _ = plan.chunks(heads, 1, _BIAS_CHUNK)
-        entries = heads * count * plan.query_slots * plan.key_slots
+        entries = heads * tiles_of_image * plan.query_slots * plan.key_slots
         step = max(1, min(step, batch, _BIAS_OF_IMAGES // entries)) if len(row_chunks) == 1 else 1
         key_of_bias, make_bias = (key_of_bias, step), partial(make_bias, images=step)
     image_chunks = slices(batch, step)
@@ -225,12 +225,16 @@ def _tiles(
     def chunk_of(rows: slice, images: int) -> _Chunk:
         indices = [plan.gathered(name, rows, device).flatten() for _, name, _ in sources]
         owned, slots = (None, plan.tensor("slot", device=device)) if len(row_chunks) == 1 else plan.owned(rows)
-        slots = _of_images(slots, images, count * plan.query_slots)
+        slots = _of_images(slots, images, tiles_of_image * plan.query_slots)
         return _Chunk([_of_images(index, images, tokens) for index in indices], owned, slots)
 
     kept = {}  # by the number of images
     if len(row_chunks) == 1:
         kept = {images: chunk_of(row_chunks[0], images) for images in {x.stop - x.start for x in image_chunks}}
+
+    def rows_of(matrix: Tensor, images: slice) -> Tensor:
+        """The tokens of `images` in `matrix` (batch * tokens, columns)."""
+        return matrix if len(image_chunks) == 1 else matrix[images.start * tokens : images.stop * tokens]
 
     def matrices_of(query: Tensor, key: Tensor | None, value: Tensor | None) -> list[list[Tensor]]:
         """Tokens of query, key and value, a list for each of `sources`: one matrix if they are side by side."""
@@ -243,18 +247,16 @@ def _tiles(
 
     def gather(chunk: _Chunk, matrices: list[list[Tensor]], images: slice) -> list[Tensor]:
         """Tiles (images * tiles, heads, slots, dim) of query, key and value, in memory that is used again."""
-        sizes = [
-            (index.shape[0], sum(matrix.shape[1] for matrix in group))
-            for index, group in zip(chunk.indices, matrices, strict=True)
-        ]
-        memory, start = _scratch.get(sum(rows * columns for rows, columns in sizes), layout.dtype), 0
+        parts = zip(sources, chunk.indices, strict=True)
+        size = width * sum(index.shape[0] * (part.stop - part.start) for (part, *_), index in parts)
+        memory, start = _scratch.get(size, layout.dtype), 0
         tiles: list[Tensor] = []
         for (*_, slots), index, group in zip(sources, chunk.indices, matrices, strict=True):
             rows = index.shape[0]
             for matrix in group:
                 columns = matrix.shape[1]
                 part = memory.as_strided((rows, columns), (columns, 1), start)
-                torch.index_select(_of_chunk(matrix, images), 0, index, out=part)
+                torch.index_select(rows_of(matrix, images), 0, index, out=part)
                 shape = columns // width, rows // slots, heads, slots, dim
                 tiles += memory.as_strided(shape, (width, slots * columns, dim, columns, 1), start).unbind()
                 start += rows * columns
@@ -263,15 +265,11 @@ def _tiles(
     def scatter(chunk: _Chunk, tiles: Tensor, result: Tensor, images: slice) -> None:
         """Write tiles (images * tiles, heads, slots, ...) to `result` (batch * tokens, columns)."""
         tiles = tiles.transpose(1, 2).reshape(-1, result.shape[1])
-        result = _of_chunk(result, images)
+        result = rows_of(result, images)
         if chunk.tokens is None:
             torch.index_select(tiles, 0, chunk.slots, out=result)
         else:
             result.index_copy_(0, chunk.tokens, tiles.index_select(0, chunk.slots))
-
-    def _of_chunk(matrix: Tensor, images: slice) -> Tensor:
-        """The rows of `matrix` (batch * tokens, columns) that are tokens of `images`."""
-        return matrix if len(image_chunks) == 1 else matrix[images.start * tokens : images.stop * tokens]
 
     def run(query: Tensor, key: Tensor | None, value: Tensor | None, rpb: Tensor | None) -> tuple:
         matrices = matrices_of(query, key, value)
@@ -285,9 +283,9 @@ def _tiles(
             else:  # a large map, whose bias would push all others out
                 chunks, bias = {1: chunk_of(rows, 1)}, make_bias(rpb, rows)
             for images in image_chunks:
-                n = images.stop - images.start
-                chunk, of_chunk = chunks[n], bias if same_bias or n == step else bias[: n * count]
-                results = _fused(*gather(chunk, matrices, images), attn_mask=of_chunk, scale=scale)
+                count = images.stop - images.start
+                chunk, mask = chunks[count], bias if same_bias or count == step else bias[: count * tiles_of_image]
+                results = _fused(*gather(chunk, matrices, images), attn_mask=mask, scale=scale)
                 scatter(chunk, results[0], out, images)
                 if with_lse:
                     scatter(chunk, results[1], lse, images)
