@@ -13,10 +13,10 @@ from .impl.tiled import unrolled
 
 
 def _is_split(x: Tensor, window: Neighborhood) -> bool:
-    """Whether a layer makes images of dilation groups: anywhere but on CUDA, where every group is a single window.
+    """Whether a layer turns the dilation groups of its input into images: if each group is a single window.
 
-    CUDA kernels read tokens where they are.  Elsewhere they are gathered, and it is faster to do that before the
-    projection makes three of each.
+    Not on CUDA, whose kernels read tokens where they are.  Elsewhere tokens are gathered, and it is faster to do that
+    before the projection makes three of each.
     """
     if x.is_cuda or max(window.dilation) == 1 or x.dim() != window.rank + 2 or torch.jit.is_tracing():
         return False

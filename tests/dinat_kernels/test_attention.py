@@ -13,7 +13,7 @@ import torch
 from dinat_kernels import functional, na1d, na2d, na3d
 from dinat_kernels.geometry import make_neighborhood
 from dinat_kernels.impl import tiled
-from dinat_kernels.impl.layout import Layout
+from dinat_kernels.impl.layout import Call, Layout
 from dinat_kernels.impl.tiled import cpu, plan, unrolled
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -248,7 +248,7 @@ def test_no_tensor_grows_faster_than_the_map(dilation, monkeypatch):
         window = make_neighborhood(2, 7, dilation)
         with LargestTensor() as record:
             layout = Layout(q.shape, q.stride(), q.dtype, q.device)
-            out, lse = tiled.prepare(layout, layout, layout, None, window, 1.0, True, None)(q, q, q, None)
+            out, lse = tiled.prepare(Call(layout, layout, layout, None, window, 1.0, True, None))(q, q, q, None)
             tiled.attention_backward(out, lse, q, q, q, None, out, lse, window, 1.0)
         return record.numel
 

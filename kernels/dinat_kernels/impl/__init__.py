@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..geometry import Neighborhood
 from . import reference, tiled
-from .layout import Forward, Layout, gap_of, layouts_of
+from .layout import Call, Forward, Layout, gap_of, layouts_of
 
 BACKENDS = ("reference", "torch", "triton")
 # What the Triton kernels cover.
@@ -95,8 +95,8 @@ def prepare(
 ) -> Forward:
     """The forward pass of the `resolve`d backend, see `tiled.prepare`, for tensors of the layouts in `problem_of`."""
     query, key, value, rpb = layouts_of(problem)
-    module = implementation(resolve(backend, query, value))
-    return module.prepare(query, key, value, rpb, window, scale, with_lse, gap_of(problem))
+    call = Call(query, key, value, rpb, window, scale, with_lse, gap_of(problem))
+    return implementation(resolve(backend, query, value)).prepare(call)
 
 
 @cache

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..geometry import Neighborhood
+
 
 class Layout(NamedTuple):
     """What is known of a tensor but its contents; strides in elements."""
@@ -69,12 +71,25 @@ def gap_of(problem: tuple) -> int | None:
     return problem[1][-3] if len(problem) == 5 else None
 
 
-def unpacking(run: Callable, gap: int | None) -> Forward:
-    """`run`, which wants query, key and value, for tensors that are packed unless `gap` is None (see `gap_of`)."""
-    return run if gap is None else lambda query, key, value, rpb: run(*unpacked(query, key, value), rpb)
+class Call(NamedTuple):
+    """What a backend prepares a forward pass for."""
+
+    query: Layout
+    key: Layout
+    value: Layout
+    rpb: Layout | None
+    window: Neighborhood
+    scale: float
+    with_lse: bool  # if not, the pass may return None in the place of lse
+    gap: int | None  # as `gap_of`; if there is one, the pass is given the packed projection, and no key and value
 
 
-# A forward pass that was prepared for some layouts: query, key, value (see `unpacked`) and rpb to out and lse.
+def unpacking(run: Callable, call: Call) -> Forward:
+    """`run`, which wants query, key and value, as the pass that `call` asks for."""
+    return run if call.gap is None else lambda query, key, value, rpb: run(*unpacked(query, key, value), rpb)
+
+
+# A prepared forward pass: query, key, value (see `unpacked`) and rpb to out and lse.
 Forward = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
 # Forward passes that are kept prepared.
 PREPARED = 128

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Neighborhood, group_length, visible_range
-from .layout import Forward, Layout, unpacking
+from .layout import Call, Forward, unpacking
 from .precision import without_autocast, working_dtype
 
 
@@ -80,15 +80,6 @@ def attention(
     return out.to(value.dtype).contiguous(), lse.contiguous()
 
 
-def prepare(
-    query: Layout,
-    key: Layout,
-    value: Layout,
-    rpb: Layout | None,
-    window: Neighborhood,
-    scale: float,
-    with_lse: bool,
-    gap: int | None,
-) -> Forward:
+def prepare(call: Call) -> Forward:
     """See `tiled.prepare`."""
-    return unpacking(partial(attention, window=window, scale=scale), gap)
+    return unpacking(partial(attention, window=call.window, scale=call.scale), call)

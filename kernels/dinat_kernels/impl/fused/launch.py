@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Neighborhood, group_length, seeing_range, visible_range
-from ..layout import Forward, Layout, layout_of, unpacking
+from ..layout import Call, Forward, Layout, layout_of, unpacking
 from .backward import key_kernel, query_kernel
 from .configs import ProblemClass, choose, next_power_of_two
 from .forward import forward_kernel
@@ -234,28 +234,20 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def prepare(
-    query: Layout,
-    key: Layout,
-    value: Layout,
-    rpb: Layout | None,
-    window: Neighborhood,
-    scale: float,
-    with_lse: bool,
-    gap: int | None,
-) -> Forward:
+def prepare(call: Call) -> Forward:
     """Fused forward pass, see `tiled.prepare`, in float16, bfloat16 or float32.
 
     Reads query, key and value where they are if their last dimension is contiguous, whatever the other strides, and
     allocates nothing but the results.  Deterministic.
     """
-    inputs = query, key, value
+    inputs, scale = call[:3], call.scale
     if not all(map(_is_readable, inputs)):
-        run = prepare(*(x.contiguous() for x in inputs), rpb, window, scale, with_lse, None)
-        return unpacking(lambda q, k, v, rpb: run(q.contiguous(), k.contiguous(), v.contiguous(), rpb), gap)
+        run = prepare(Call(*(x.contiguous() for x in inputs), *call[3:-1], gap=None))
+        return unpacking(lambda q, k, v, rpb: run(q.contiguous(), k.contiguous(), v.contiguous(), rpb), call)
 
+    query, _, value = inputs
     dtype, device, out_shape = query.dtype, query.device, (*query.shape[:-1], value.shape[-1])
-    problem = "forward", *_problem(inputs, rpb is not None, window, scale)
+    problem = "forward", *_problem(inputs, call.rpb is not None, call.window, scale)
 
     def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor]:
         out = torch.empty(out_shape, dtype=dtype, device=device)
@@ -265,7 +257,7 @@ def prepare(
             _launch(plan, (query, key, value, _table(rpb, out), out, lse), scale)
         return out, lse
 
-    return unpacking(run, gap)
+    return unpacking(run, call)
 
 
 def attention_backward(

@@ -12,30 +12,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from ...geometry import Neighborhood
-from ..layout import Forward, Layout, unpacking
+from ..layout import Call, Forward, unpacking
 from . import cpu
 from .unrolled import attention, attention_backward
 
 __all__ = ["attention_backward", "prepare"]
 
 
-def prepare(
-    query: Layout,
-    key: Layout,
-    value: Layout,
-    rpb: Layout | None,
-    window: Neighborhood,
-    scale: float,
-    with_lse: bool,
-    gap: int | None,
-) -> Forward:
-    """The forward pass for tensors of these layouts; its arguments and results as `reference.attention`.
-
-    Args:
-        with_lse: if not, None may be returned in the place of lse.
-        gap: as `gap_of`; if not None, the pass is given the packed projection and None for key and value.
-    """
-    if cpu.can_fuse(query, key, value):
-        return cpu.prepare(query, key, value, rpb, window, scale, with_lse, gap)
-    return unpacking(partial(attention, window=window, scale=scale), gap)
+def prepare(call: Call) -> Forward:
+    """The forward pass for a call; its arguments and results as `reference.attention`."""
+    if cpu.can_fuse(call.query, call.key, call.value):
+        return cpu.prepare(call)
+    return unpacking(partial(attention, window=call.window, scale=call.scale), call)

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...geometry import Neighborhood
-from ..layout import Forward, Layout, unpacking
+from ..layout import Call, Forward, Layout, unpacking
 from ..precision import working_dtype
 from .plan import Costs, Plan, plan_of, slices
 
@@ -81,27 +80,18 @@ def can_fuse(query: Layout, key: Layout, value: Layout) -> bool:
     return query.device.type == "cpu" and query.shape == key.shape == value.shape and math.prod(query.shape) > 0
 
 
-def prepare(
-    query: Layout,
-    key: Layout,
-    value: Layout,
-    rpb: Layout | None,
-    window: Neighborhood,
-    scale: float,
-    with_lse: bool,
-    gap: int | None,
-) -> Forward:
+def prepare(call: Call) -> Forward:
     """See `tiled.prepare`."""
-    batch, *spatial, heads, dim = query.shape
-    plan = plan_of(tuple(spatial), window, _COSTS_OF_ONE_IMAGE if batch == 1 else _COSTS)
+    *inputs, rpb = call[:4]
+    batch, *spatial, heads, dim = call.query.shape
+    plan = plan_of(tuple(spatial), call.window, _COSTS_OF_ONE_IMAGE if batch == 1 else _COSTS)
     make, view = (_on_views, _heads_first) if plan.is_one_tile or plan.are_halves else (_tiles, _matrix)
-    views = [view(x) for x in (query, key, value)]
-    if None not in views and (rpb is None or rpb == rpb.contiguous()) and gap in (None, heads * dim):
-        return make(plan, query, rpb, scale, with_lse, views, gap)
+    views = [view(x) for x in inputs]
+    if None not in views and (rpb is None or rpb == rpb.contiguous()) and call.gap in (None, heads * dim):
+        return make(call, plan, views)
 
-    layouts = [x and x.contiguous() for x in (query, key, value, rpb)]
-    run = prepare(*layouts, window, scale, with_lse, None)
-    return unpacking(lambda *tensors: run(*[x if x is None else x.contiguous() for x in tensors]), gap)
+    run = prepare(Call(*[x and x.contiguous() for x in (*inputs, rpb)], *call[4:-1], gap=None))
+    return unpacking(lambda *tensors: run(*[x if x is None else x.contiguous() for x in tensors]), call)
 
 
 _View = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides, for `as_strided`
@@ -130,19 +120,11 @@ def _matrix(x: Layout) -> _View | None:
     return (batch * count, heads * dim), (of_tokens, 1)
 
 
-def _on_views(
-    plan: Plan,
-    layout: Layout,
-    of_rpb: Layout | None,
-    scale: float,
-    with_lse: bool,
-    views: Sequence[_View],
-    gap: int | None,
-) -> Forward:
+def _on_views(call: Call, plan: Plan, views: Sequence[_View]) -> Forward:
     """Maps of one tile, or one map of two halves: tiles are runs of tokens, and no tensor is copied."""
-    key_of_bias, make_bias = _bias_source(plan, layout, of_rpb)
-    tiles = _views_of(list(map(_tile_view, views, (plan.query, plan.key, plan.key))), gap)
-    out_shape, out_stride = layout.contiguous()[:2]
+    key_of_bias, make_bias = _bias_source(call, plan)
+    tiles = _views_of(list(map(_tile_view, views, (plan.query, plan.key, plan.key))), call.gap)
+    out_shape, out_stride = call.query.contiguous()[:2]
     of_tokens, of_heads = out_stride[-3:-1]
     tokens_first = (plan.query_slots * of_tokens, of_heads, of_tokens, 1)  # of (tiles, heads, slots, dim)
 
@@ -150,11 +132,11 @@ def _on_views(
         out, lse = _fused(
             *tiles(query, key, value),
             attn_mask=_biases.get(key_of_bias, rpb, make_bias) if key_of_bias else None,
-            scale=scale,
+            scale=call.scale,
         )
         if out.stride() != tokens_first:
             out = out.transpose(1, 2).contiguous()
-        lse = lse.transpose(1, 2).reshape(out_shape[:-1]) if with_lse else None
+        lse = lse.transpose(1, 2).reshape(out_shape[:-1]) if call.with_lse else None
         return out.as_strided(out_shape, out_stride), lse
 
     return run
@@ -194,17 +176,10 @@ class _Chunk(NamedTuple):
     slots: Tensor  # where these results are in the flattened tiles
 
 
-def _tiles(
-    plan: Plan,
-    layout: Layout,
-    of_rpb: Layout | None,
-    scale: float,
-    with_lse: bool,
-    views: Sequence[_View],
-    gap: int | None,
-) -> Forward:
+def _tiles(call: Call, plan: Plan, views: Sequence[_View]) -> Forward:
     """A map of several tiles, whose tokens are gathered."""
-    key_of_bias, make_bias = _bias_source(plan, layout, of_rpb)
+    key_of_bias, make_bias = _bias_source(call, plan)
+    layout, with_lse = call.query, call.with_lse
     batch, *_, heads, dim = layout.shape
     tokens, width, device = math.prod(plan.spatial), heads * dim, layout.device
     # What is gathered with one index: which of query, key and value; the name of the index; slots of a tile.
@@ -238,7 +213,7 @@ def _tiles(
 
     def matrices_of(query: Tensor, key: Tensor | None, value: Tensor | None) -> list[list[Tensor]]:
         """Tokens of query, key and value, a list for each of `sources`: one matrix if they are side by side."""
-        if gap is None:
+        if call.gap is None:
             tensors = query, key, value
             return [_side_by_side(tensors[part], views[part], width) for part, *_ in sources]
         (rows, _), stride = views[0]
@@ -285,7 +260,7 @@ def _tiles(
             for images in image_chunks:
                 count = images.stop - images.start
                 chunk, mask = chunks[count], bias if same_bias or count == step else bias[: count * tiles_of_image]
-                results = _fused(*gather(chunk, matrices, images), attn_mask=mask, scale=scale)
+                results = _fused(*gather(chunk, matrices, images), attn_mask=mask, scale=call.scale)
                 scatter(chunk, results[0], out, images)
                 if with_lse:
                     scatter(chunk, results[1], lse, images)
@@ -334,10 +309,10 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _bias_source(plan: Plan, layout: Layout, of_rpb: Layout | None) -> tuple[Hashable, Callable[..., Tensor | None]]:
+def _bias_source(call: Call, plan: Plan) -> tuple[Hashable, Callable[..., Tensor | None]]:
     """How `_biases` knows the additive tensor of all tiles (None if there is none), and what makes it of the table."""
-    key = (plan, working_dtype(layout.dtype), of_rpb and of_rpb.dtype) if of_rpb or plan.masked else None
-    return key, partial(_additive, plan, layout)
+    key = (plan, working_dtype(call.query.dtype), call.rpb and call.rpb.dtype) if call.rpb or plan.masked else None
+    return key, partial(_additive, plan, call.query)
 
 
 def _additive(
