@@ -83,13 +83,14 @@ def cases() -> list[tuple[str, int, Problem | None, tuple[int, ...], dict, torch
 
 
 def make_plan(kernel: str, arch: str, heads: int, lengths: tuple, window: dict, dtype: torch.dtype, dim: int):
-    """The plan of a problem whose q, k, v are views of one packed projection."""
+    """The plan of a problem whose q, k, v are views of one packed projection, and so are their gradients."""
     neighborhood = make_neighborhood(len(lengths), **window)
     packed = torch.empty(BATCH, *lengths, 3, heads, dim, dtype=dtype, device="meta").unbind(-3)[0]
-    layouts = [packed] * 3 if kernel == "forward" else [*[packed] * 3, packed.contiguous()]
-    layouts = tuple((x.shape, x.stride()) for x in layouts)
+    backward = kernel != "forward"
+    layouts = tuple((x.shape, x.stride()) for x in [*[packed] * 3, *[packed.contiguous()] * backward])
+    rows = (packed.stride(-3),) * 3 * backward
     with_bias = not any(neighborhood.is_causal)
-    return launch.make_plan(kernel, layouts, dtype, arch, neighborhood, with_bias, 1, "ieee")
+    return launch.make_plan(kernel, layouts, dtype, arch, neighborhood, with_bias, 1, "ieee", rows)
 
 
 def plans_of(arch: str, case: tuple) -> Callable[[str], launch.Plan]:

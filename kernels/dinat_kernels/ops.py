@@ -30,7 +30,7 @@ _lib.define(
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _lib.define(
-    f"attention_backward(Tensor grad_out, Tensor grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_WINDOW}) "
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_WINDOW}) "
     "-> Tensor[]",  # of the inputs that there are
     tags=[torch.Tag.pt2_compliant_tag],
 )
@@ -54,11 +54,13 @@ def _attention(query, key, value, rpb, window, scale, backend, with_lse=True):
 @torch.library.impl(_lib, "attention_backward", "CompositeExplicitAutograd")
 @without_autocast
 def _attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, window, scale, backend):
-    q, k, v = unpacked(query, key, value)
-    run = implementation(resolve(backend or None, q, v)).attention_backward
-    *grads, grad_rpb = run(grad_out, grad_lse, q, k, v, rpb, out, lse, Neighborhood.from_flat(window), scale)
-    if key is None:
-        grads = [torch.stack(grads, -3)]
+    if not out.numel():
+        return [x.new_zeros(x.shape) for x in (query, key, value, rpb) if x is not None]
+    inputs = unpacked(query, key, value)
+    grads = [x.new_empty(x.shape) for x in (query, key, value) if x is not None]
+    views = grads if key is not None else unpacked(*grads, None, None)
+    run = implementation(resolve(backend or None, inputs[0], inputs[2])).attention_backward
+    grad_rpb = run(grad_out, grad_lse, *inputs, rpb, out, lse, Neighborhood.from_flat(window), scale, views)
     return grads if rpb is None else [*grads, grad_rpb]
 
 
@@ -77,6 +79,7 @@ def _attention_backward_fake(grad_out, grad_lse, query, key, value, rpb, *args):
 
 def _save_for_backward(ctx, inputs, output):
     query, key, value, rpb, *ctx.arguments, with_lse = inputs
+    ctx.set_materialize_grads(False)
     if not with_lse:
         raise RuntimeError(
             "neighborhood attention was traced where no gradient was wanted, and is asked for one. Trace it again, "
@@ -88,6 +91,8 @@ def _save_for_backward(ctx, inputs, output):
 def _differentiate(ctx, grad_out, grad_lse):
     backward = _Backward.apply if _in_functorch() else torch.ops.dinat_kernels.attention_backward
     saved = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[4])
     grads = iter(backward(grad_out, grad_lse, *saved, *ctx.arguments))
     return (*[None if x is None else next(grads) for x in saved[:4]], *[None] * (len(ctx.arguments) + 1))
 

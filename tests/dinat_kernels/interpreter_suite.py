@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from dinat_kernels import backends, na1d, na2d, na3d
+from dinat_kernels.functional import attend
+from dinat_kernels.geometry import Neighborhood, make_neighborhood
 from dinat_kernels.impl import fused
 from safetensors.torch import load_file
 
@@ -92,7 +94,7 @@ def random_problem(seed: int) -> dict:
 
 
 def compare(p: dict, seed: int = 0) -> None:
-    """Outputs and all gradients, lse's included, with those of the definition in float64."""
+    """Outputs and all gradients with those of the definition in float64, with or without a gradient of lse."""
     torch.manual_seed(seed)
     half = p["dtype"] == torch.float16
     # Views of one packed projection, as in the layers.
@@ -109,8 +111,10 @@ def compare(p: dict, seed: int = 0) -> None:
         leaves = [x.to(dtype or x.dtype).requires_grad_() for x in inputs]
         q, k, v, *rpb = leaves
         window = dict(p["window"], scale=p["scale"], rpb=rpb[0] if rpb else None)
-        out, lse = NA[p["rank"]](q, k, v, **window, return_lse=True, backend=backend)
-        return [out, lse, *torch.autograd.grad((out, lse), leaves, (d_out.to(out.dtype), d_lse.to(lse.dtype)))]
+        outputs = NA[p["rank"]](q, k, v, **window, return_lse=True, backend=backend)
+        d_outputs = [d.to(x.dtype) for d, x in zip((d_out, d_lse), outputs, strict=True)]
+        count = 1 + seed % 2  # outputs that have a gradient
+        return [*outputs, *torch.autograd.grad(outputs[:count], leaves, d_outputs[:count])]
 
     tolerances = [3e-3, 1e-4, 2e-2, 2e-2, 2e-2, 2e-2] if half else [2e-5, 2e-5, 5e-5, 5e-5, 5e-5, 1e-4]
     for i, (result, exact) in enumerate(zip(run("triton", None), run("reference", torch.float64), strict=True)):
@@ -163,10 +167,26 @@ def test_transposed_maps_are_read_in_place():
     torch.testing.assert_close(result, na2d(q, k, v, 3, backend="reference"), atol=2e-5, rtol=0)
 
 
+def of_packed(packed: torch.Tensor, rpb: torch.Tensor, window: Neighborhood, backend: str) -> list[torch.Tensor]:
+    """Output and gradients of a layer's packed projection."""
+    out = attend(2, packed, None, None, window, None, rpb, return_lse=False, backend=backend)
+    return [out, *torch.autograd.grad(out.sin().sum(), (packed, rpb))]
+
+
+@pytest.mark.parametrize("size", [(7, 8), (6, 6)], ids=["halo", "whole groups"])
+def test_gradients_of_a_packed_projection(size):
+    """Written where the projection's backward pass reads them, beside each other."""
+    packed, rpb = torch.randn(2, *size, 3, 2, 8, requires_grad=True), torch.randn(2, 5, 5, requires_grad=True)
+    window = make_neighborhood(2, 3, 2)
+    for result, exact in zip(*(of_packed(packed, rpb, window, name) for name in ("triton", "reference")), strict=True):
+        torch.testing.assert_close(result, exact, atol=5e-5, rtol=0)
+
+
 def test_offsets_of_64_bits(monkeypatch):
     """The same results with the arithmetic that large maps need."""
-    q, k, v = torch.randn(1, 8, 9, 3, 2, 8).unbind(3)
-    expected = na2d(q, k, v, 3, dilation=2, backend="triton")
+    packed, rpb = torch.randn(1, 8, 9, 3, 2, 8, requires_grad=True), torch.randn(2, 5, 5, requires_grad=True)
+    window = make_neighborhood(2, 3, 2)
+    expected = of_packed(packed, rpb, window, "triton")
     make_plan = fused.launch.make_plan
 
     def wide(*args):
@@ -174,7 +194,7 @@ def test_offsets_of_64_bits(monkeypatch):
         return plan._replace(constants=plan.constants | dict(WIDE=True))
 
     monkeypatch.setattr(fused.launch, "_plan", wide)
-    torch.testing.assert_close(na2d(q, k, v, 3, dilation=2, backend="triton"), expected, atol=0, rtol=0)
+    torch.testing.assert_close(of_packed(packed, rpb, window, "triton"), expected, atol=0, rtol=0)
 
 
 def test_two_runs_are_bit_equal():

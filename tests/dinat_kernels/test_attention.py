@@ -14,7 +14,7 @@ from dinat_kernels import functional, na1d, na2d, na3d
 from dinat_kernels.geometry import make_neighborhood
 from dinat_kernels.impl import tiled
 from dinat_kernels.impl.layout import Call, Layout
-from dinat_kernels.impl.tiled import cpu, plan, unrolled
+from dinat_kernels.impl.tiled import backward, cpu, plan, unrolled
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -113,7 +113,8 @@ def run_with_gradients(p: dict, inputs: list, backend: str, grads: tuple) -> lis
     inputs = [None if x is None else x.clone().requires_grad_() for x in inputs]
     q, k, v, rpb = inputs
     outputs = NA[p["rank"]](q, k, v, **p["window"], scale=p["scale"], rpb=rpb, return_lse=True, backend=backend)
-    torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
+    pairs = [(output, grad.to(output.dtype)) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+    torch.autograd.backward(*zip(*pairs, strict=True))
     return [*outputs, *(x.grad for x in inputs if x is not None)]
 
 
@@ -124,18 +125,23 @@ def output_gradients(p: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("seed", range(150))
 def test_tiled_matches_the_definition(seed, monkeypatch):
-    """Outputs and all gradients, including those of lse; float64, so that only a real error shows."""
+    """Outputs and all gradients, given those of out, of lse or of both; float64, so that only a real error shows."""
     torch.manual_seed(seed)
+    new_empty = torch.Tensor.new_empty  # what nobody writes shows, too
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
     if seed % 2:  # several chunks of work even at this size
         monkeypatch.setattr(unrolled, "_CHUNK", 200)
+        monkeypatch.setattr(backward, "_CHUNK", 200)
+        monkeypatch.setattr(backward, "_chunks", backward._chunks.__wrapped__)
         monkeypatch.setattr(cpu, "_SCRATCH", 2_000)
         monkeypatch.setattr(cpu, "_BIAS_CHUNK", 200)
     p = random_problem(seed)
-    inputs, grads = random_inputs(p), output_gradients(p)
+    inputs, (d_out, d_lse) = random_inputs(p), output_gradients(p)
+    grads = [(d_out, d_lse), (d_out, None), (None, d_lse)][seed % 3]
     actual = run_with_gradients(p, inputs, "torch", grads)
     expected = run_with_gradients(p, inputs, "reference", grads)
     for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(a, torch.zeros_like(a) if e is None else e, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -249,7 +255,7 @@ def test_no_tensor_grows_faster_than_the_map(dilation, monkeypatch):
         with LargestTensor() as record:
             layout = Layout(q.shape, q.stride(), q.dtype, q.device)
             out, lse = tiled.prepare(Call(layout, layout, layout, None, window, 1.0, True, None))(q, q, q, None)
-            tiled.attention_backward(out, lse, q, q, q, None, out, lse, window, 1.0)
+            tiled.attention_backward(out, lse, q, q, q, None, out, lse, window, 1.0, [torch.empty_like(q)] * 3)
         return record.numel
 
     for side in (32, 64, 128):

@@ -5,6 +5,8 @@ from functools import partial
 import pytest
 import torch
 from dinat_kernels import na1d, na2d, na3d
+from dinat_kernels.functional import attend
+from dinat_kernels.geometry import make_neighborhood
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,20 +127,39 @@ def test_repeated_runs_are_bit_equal(name):
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-def test_training_keeps_inputs_outputs_and_gradients_only():
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_keeps_inputs_outputs_and_gradients_only(packed):
     """Peak memory of forward and backward of a layer: nothing as large as q that is not one of its tensors."""
     (q, k, v), rpb, window = make("local", torch.bfloat16, batch=64)
-    q, k, v, rpb = (x.detach().contiguous().requires_grad_() for x in (q, k, v, rpb))
-    d_out = torch.randn_like(q)
+    d_out = torch.randn_like(q, memory_format=torch.contiguous_format)
+    inputs = [torch.stack([q, k, v], -3), None, None] if packed else [q, k, v]
+    inputs = [x if x is None else x.detach().contiguous().requires_grad_() for x in (*inputs, rpb)]
+    leaves = [x for x in inputs if x is not None]
     for _ in range(2):  # the first pass compiles
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        torch.autograd.grad(na2d(q, k, v, **window, rpb=rpb), (q, k, v, rpb), d_out)
+        out = attend(2, *inputs[:3], make_neighborhood(2, **window), None, inputs[3], return_lse=False, backend=None)
+        torch.autograd.grad(out, leaves, d_out)
         peak = torch.cuda.max_memory_allocated() - before
-    size = q.numel() * q.element_size()
-    per_head = 4 * q.numel() // q.shape[-1]  # a float32 for every query
-    assert peak <= 4 * size + 3 * per_head + (8 << 20)  # out, dq, dk, dv; lse, its gradient, delta; parts of drpb
+    size = d_out.numel() * d_out.element_size()
+    per_head = 4 * d_out.numel() // d_out.shape[-1]  # a float32 for every query
+    assert peak <= 4 * size + 2 * per_head + (8 << 20)  # out, dq, dk, dv; lse, delta; parts of drpb
+
+
+def test_gradients_of_a_packed_projection(poisoned):
+    """The same bits, written beside each other."""
+    inputs, rpb, window = make("local", torch.bfloat16)
+    packed = torch.stack(inputs, -3)
+    d_out = torch.randn_like(inputs[0])
+
+    out, dq, dk, dv, drpb = results(
+        lambda q, k, v, rpb: na2d(q, k, v, **window, rpb=rpb), packed.unbind(-3), rpb, d_out
+    )
+    leaves = [packed.requires_grad_(), rpb.requires_grad_()]
+    result = attend(2, packed, None, None, make_neighborhood(2, **window), None, rpb, return_lse=False, backend=None)
+    actual = [result, *torch.autograd.grad(result, leaves, d_out)]
+    assert all(map(torch.equal, actual, [out, torch.stack([dq, dk, dv], -3), drpb]))
 
 
 def test_deterministic_algorithms_are_accepted():

@@ -32,13 +32,13 @@ def query_kernel(
     p_v,  # (batch, L_d, L_h, L_w, heads / GROUP, value_dim)
     p_rpb,  # (heads, 2 K_d - 1, 2 K_h - 1, 2 K_w - 1), contiguous; unused without HAS_RPB
     p_do,  # (batch, L_d, L_h, L_w, heads, value_dim), strides as above
-    p_out,  # as do, but contiguous, as all that follow
-    p_lse,  # (batch, L_d, L_h, L_w, heads), float32
-    p_dlse,  # as lse
+    p_out,  # as do, but contiguous
+    p_lse,  # (batch, L_d, L_h, L_w, heads), float32, contiguous
+    p_dlse,  # as lse; unused without HAS_DLSE
     p_delta,  # as lse; written if GRAD_QUERY and not WHOLE, read if not GRAD_QUERY
-    p_dq,  # as q; written if GRAD_QUERY
-    p_dk,  # as k; written if WHOLE
-    p_dv,  # as v; written if WHOLE
+    p_dq,  # as q, but contiguous, in ROWS; written if GRAD_QUERY
+    p_dk,  # as k, likewise; written if WHOLE
+    p_dv,  # as v, likewise; written if WHOLE
     p_drpb,  # (programs, 2 K_d - 1, 2 K_h - 1, 2 K_w - 1), float32; written if GRAD_RPB
     scale,  # magnitude of the scale; 1.0 if it is zero
     q_batch,
@@ -75,6 +75,7 @@ def query_kernel(
     GROUP: tl.constexpr,  # query heads per key head
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    ROWS: tl.constexpr,  # elements from the dq, dk and dv of one token to those of the next
     WINDOW: tl.constexpr,  # kernel_size, stride, is_causal, and whether every query sees its whole group, axis by axis
     TILE: tl.constexpr,  # a tile of queries, as BOX
     BOX: tl.constexpr,  # the box of keys that hold all its windows: positions.block
@@ -86,6 +87,7 @@ def query_kernel(
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
     WIDE: tl.constexpr,  # offsets within one image need 64 bits
     PRECISION: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
     GRAD_QUERY: tl.constexpr,
     GRAD_RPB: tl.constexpr,
     WHOLE: tl.constexpr,  # tile and block are a whole dilation group: its d_key and d_value too
@@ -120,20 +122,24 @@ def query_kernel(
         b_drpb = tl.zeros([BQ, BK], tl.float32)
 
     o_q, o_do = at.offsets(q_index, (q_d, q_h, q_w)), at.offsets(q_index, (do_d, do_h, do_w))
-    o_out = at.flat(q_index, lengths) * HEADS
+    o_token = at.flat(q_index, lengths)
+    o_out = o_token * HEADS
     p_q += i_head * q_head
     p_k += i_head // GROUP * k_head
     p_v += i_head // GROUP * v_head
     p_do += i_head * do_head
     for i_image in range(images):
         i_batch = (i * images + i_image).to(tl.int64)
-        i_out = i_batch * (L_d * L_h * L_w) * HEADS + i_head
+        i_token = i_batch * (L_d * L_h * L_w)
+        i_out = i_token * HEADS + i_head
         b_q = at.signed(at.load(p_q + i_batch * q_batch, o_q, HEAD_DIM, BD), SIGN)  # (BQ, BD)
         b_do = at.load(p_do + i_batch * do_batch, o_do, VALUE_DIM, BV)  # (BQ, BV)
         b_lse = tl.load(p_lse + i_out + o_out) * LOG2E
         if GRAD_QUERY:
             b_out = at.load(p_out + i_out * VALUE_DIM, o_out * VALUE_DIM, VALUE_DIM, BV)
-            b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1) - tl.load(p_dlse + i_out + o_out)
+            b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+            if HAS_DLSE:
+                b_delta -= tl.load(p_dlse + i_out + o_out)
             if not WHOLE:
                 tl.store(p_delta + i_out + o_out, b_delta, mask=m_q)
         else:
@@ -151,9 +157,10 @@ def query_kernel(
             b_weight = tl.exp2(b_logit * (scale * LOG2E) - b_lse[:, None])
             if WHOLE:
                 _, m_k = at.block(tl.arange(0, BK), 0, lo, n, BOX)
-                o_key = at.flat(k_index, lengths) * HEADS
+                o_key = at.flat(k_index, lengths)
                 b_dv = tl.dot(tl.trans(b_weight.to(b_do.dtype)), b_do, input_precision=PRECISION)  # (BK, BV)
-                at.store(p_dv + i_out * VALUE_DIM, o_key * VALUE_DIM, b_dv, m_k, VALUE_DIM, BV)
+                i_dv = i_token * ROWS[2] + i_head * VALUE_DIM
+                at.store(p_dv + i_dv, o_key * ROWS[2], b_dv, m_k, VALUE_DIM, BV)
             b_dlogit = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
             b_dlogit = b_weight * (b_dlogit - b_delta[:, None])
             if GRAD_RPB:
@@ -161,11 +168,13 @@ def query_kernel(
             b_dlogit = b_dlogit.to(b_k.dtype)
             if WHOLE:
                 b_dk = tl.dot(tl.trans(b_dlogit), b_q, input_precision=PRECISION)  # (BK, BD)
-                at.store(p_dk + i_out * HEAD_DIM, o_key * HEAD_DIM, b_dk * scale, m_k, HEAD_DIM, BD)
+                i_dk = i_token * ROWS[1] + i_head * HEAD_DIM
+                at.store(p_dk + i_dk, o_key * ROWS[1], b_dk * scale, m_k, HEAD_DIM, BD)
             if GRAD_QUERY:
                 b_dq = tl.dot(b_dlogit, b_k, b_dq, input_precision=PRECISION)
         if GRAD_QUERY:
-            at.store(p_dq + i_out * HEAD_DIM, o_out * HEAD_DIM, b_dq * (scale * SIGN), m_q, HEAD_DIM, BD)
+            i_dq = i_token * ROWS[0] + i_head * HEAD_DIM
+            at.store(p_dq + i_dq, o_token * ROWS[0], b_dq * (scale * SIGN), m_q, HEAD_DIM, BD)
 
     if GRAD_RPB:
         # An entry of the table is one key of every query, at most: so many steps from the first key of the box.
@@ -203,10 +212,10 @@ def key_kernel(
     p_v,  # (batch, L_d, L_h, L_w, heads / GROUP, value_dim)
     p_rpb,  # (heads, 2 K_d - 1, 2 K_h - 1, 2 K_w - 1), contiguous; unused without HAS_RPB
     p_do,  # (batch, L_d, L_h, L_w, heads, value_dim), strides as above
-    p_lse,  # (batch, L_d, L_h, L_w, heads), float32, contiguous, as all that follow
+    p_lse,  # (batch, L_d, L_h, L_w, heads), float32, contiguous
     p_delta,  # as lse
-    p_dk,  # as k
-    p_dv,  # as v
+    p_dk,  # as k, but contiguous, in ROWS
+    p_dv,  # as v, likewise
     scale,  # magnitude of the scale; 1.0 if it is zero
     q_batch,
     q_d,
@@ -242,6 +251,7 @@ def key_kernel(
     GROUP: tl.constexpr,  # query heads per key head
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    ROWS: tl.constexpr,  # elements from the dq, dk and dv of one token to those of the next
     WINDOW: tl.constexpr,  # kernel_size, stride, is_causal, and whether every query sees its whole group, axis by axis
     TILE: tl.constexpr,  # a tile of keys, as BOX
     BOX: tl.constexpr,  # the box of queries that see one of them: positions.block
@@ -278,7 +288,7 @@ def key_kernel(
         )
 
     o_k, o_v = at.offsets(k_index, (k_d, k_h, k_w)), at.offsets(k_index, (v_d, v_h, v_w))
-    o_key = at.flat(k_index, lengths) * KV_HEADS
+    o_key = at.flat(k_index, lengths)
     p_k += i_kv * k_head
     p_v += i_kv * v_head
     for i_image in range(images):
@@ -307,6 +317,6 @@ def key_kernel(
             b_dlogit = b_weight * (b_dlogit - b_delta[None, :])
             b_dv = tl.dot(b_weight.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
             b_dk = tl.dot(b_dlogit.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-        i_key = i_token * KV_HEADS + i_kv
-        at.store(p_dk + i_key * HEAD_DIM, o_key * HEAD_DIM, b_dk * (scale * SIGN), m_k, HEAD_DIM, BD)
-        at.store(p_dv + i_key * VALUE_DIM, o_key * VALUE_DIM, b_dv, m_k, VALUE_DIM, BV)
+        i_dk, i_dv = i_token * ROWS[1] + i_kv * HEAD_DIM, i_token * ROWS[2] + i_kv * VALUE_DIM
+        at.store(p_dk + i_dk, o_key * ROWS[1], b_dk * (scale * SIGN), m_k, HEAD_DIM, BD)
+        at.store(p_dv + i_dv, o_key * ROWS[2], b_dv, m_k, VALUE_DIM, BV)

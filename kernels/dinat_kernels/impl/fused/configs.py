@@ -95,6 +95,7 @@ _SHIPPED = {
         ("", 16, False, 128, math.inf, Config(32, 32, 4, 2)),
         ("", 32, False, 64, math.inf, Config(32, 32, 4, 1)),
         ("gfx", 32, False, 128, math.inf, Config(16, 32, 4, 1)),
+        ("sm_9", 32, False, 128, math.inf, Config(16, 16, 8, 1)),
         ("sm_10", 32, False, 128, math.inf, Config(16, 16, 8, 1)),
         ("", 32, False, 128, math.inf, Config(16, 32, 8, 1)),
     ),

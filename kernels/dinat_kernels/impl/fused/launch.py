@@ -114,6 +114,8 @@ def make_plan(
     has_rpb: bool,
     sign: int,
     precision: str,
+    grad_rows: tuple[int, ...] = (),
+    has_dlse: bool = False,
 ) -> Plan:
     """Everything about a launch that does not depend on the contents of tensors.
 
@@ -124,6 +126,8 @@ def make_plan(
         arch: as `architecture`.
         sign: of the scale, -1, 0 or 1.
         precision: of float32 products, "ieee" or "tf32".
+        grad_rows: in the backward pass, elements from one token to the next in the gradients of query, key and value.
+        has_dlse: whether lse has a gradient.
     """
     batch, *spatial, heads, head_dim = layouts[0][0]
     kv_heads, value_dim = layouts[2][0][-2:]
@@ -161,6 +165,7 @@ def make_plan(
         GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
+        **({"ROWS": grad_rows} if grad_rows else {}),
         WINDOW=tuple(itertools.chain(*zip(size, stride, causal, full, strict=True))),
         TILE=(*tile, tile[0] * tile[1], tile[2], 1),
         BOX=(*box, rows, columns, blocks),
@@ -170,10 +175,12 @@ def make_plan(
         BV=dims[1],
         HAS_RPB=has_rpb,
         SIGN=sign,
-        WIDE=max(*map(extent, layouts), math.prod(lengths) * heads * max(head_dim, value_dim)) >= 2**31 - 128,
+        WIDE=max(*map(extent, layouts), math.prod(lengths) * max(heads * head_dim, heads * value_dim, *grad_rows))
+        >= 2**31 - 128,
         PRECISION=precision,
     )
     if own == "query":
+        constants["HAS_DLSE"] = has_dlse
         constants["GRAD_QUERY"] = kernel == "query"
         constants["GRAD_RPB"] = has_rpb and (kernel == "rpb" or blocks == 1)
         constants["WHOLE"] = kernel == "query" and tile == longest and blocks == 1 and heads == kv_heads
@@ -262,7 +269,7 @@ def prepare(call: Call) -> Forward:
 
 def attention_backward(
     grad_out: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -271,19 +278,23 @@ def attention_backward(
     lse: Tensor,
     window: Neighborhood,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    grads: Sequence[Tensor],
+) -> Tensor | None:
     """Fused backward pass; arguments and results as `tiled.attention_backward`.
 
-    Recomputes the weights from lse.  Allocates the gradients, one float32 per query and head, and, with a bias, a table
-    for every program.  Deterministic: no atomics, and all sums have a fixed order.
+    Recomputes the weights from lse.  Allocates one float32 per query and head, and, with a bias, a table for every
+    program.  Deterministic: no atomics, and all sums have a fixed order.
     """
     inputs = [x if _is_readable(layout_of(x)) else x.contiguous() for x in (query, key, value, grad_out)]
-    out, lse, grad_lse = (x.contiguous() for x in (out, lse, grad_lse))
-    grads = [x.new_empty(x.shape) for x in (query, key, value)]
-    if not out.numel():
-        return *grads, None if rpb is None else torch.zeros_like(rpb)
+    out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
-    problem = *_problem([layout_of(x) for x in inputs], rpb is not None, window, scale), _precision(query.dtype)
+    grad_lse, has_dlse = (delta, False) if grad_lse is None else (grad_lse.contiguous(), True)
+    problem = (
+        *_problem([layout_of(x) for x in inputs], rpb is not None, window, scale),
+        _precision(query.dtype),
+        tuple(x.stride(-3) for x in grads),
+        has_dlse,
+    )
     inputs.insert(3, _table(rpb, out))
 
     def run_query_kernel(plan: Plan) -> Tensor | None:
@@ -299,4 +310,4 @@ def attention_backward(
         grad_rpb = run_query_kernel(_plan("rpb", *problem))
     if not plan.constants["WHOLE"]:
         _launch(_plan("key", *problem), (*inputs, lse, delta, *grads[1:]), scale)
-    return *grads, grad_rpb
+    return grad_rpb

@@ -4,8 +4,8 @@ A tile is a run of queries and the keys that their windows cover (see `plan`).  
 product between the queries and the keys of a tile, with one additive tensor that holds the bias and minus infinity
 where a key is out of a query's window.  Work and memory are linear in the number of tokens.
 
-On the CPU, PyTorch's fused attention computes the tiles (`cpu`); elsewhere, in the backward pass, and for tracing,
-elementary operations do (`unrolled`).
+On the CPU, PyTorch's fused attention computes the tiles (`cpu`); elsewhere and for tracing, elementary operations do
+(`unrolled`), as in the backward pass (`backward`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from functools import partial
 
 from ..layout import Call, Forward, unpacking
 from . import cpu
-from .unrolled import attention, attention_backward
+from .backward import attention_backward
+from .unrolled import attention
 
 __all__ = ["attention_backward", "prepare"]
 

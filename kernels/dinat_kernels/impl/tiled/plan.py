@@ -175,11 +175,6 @@ class Plan:
         return math.prod(self.counts) * self.query_slots > math.prod(self.spatial)
 
     @cached_property
-    def disjoint(self) -> bool:
-        """Whether no token stands in more than one key slot, which then is its query slot."""
-        return self.same_tokens and not self.overlapping
-
-    @cached_property
     def owner(self) -> np.ndarray:
         """(tiles, query_slots), float: 1 for the slot that a token's result is taken from, 0 for the others."""
         owner = np.zeros(math.prod(self.counts) * self.query_slots, dtype=np.float32)
@@ -291,19 +286,6 @@ class Plan:
             index = self.tensor("entry", axis=a, device=grad.device).flatten()
             grad = _sum_into(grad.flatten(a + 1, a + 3), a + 1, index, 2 * k).narrow(a + 1, 0, 2 * k - 1)
         return grad.contiguous()
-
-    def add_key_grad_(self, total: Tensor, grad: Tensor, rows: slice) -> None:
-        """Add slot gradients, (batch, heads, tiles, key_slots, dim), to `total`, (batch, *spatial, heads, dim)."""
-        rank = len(self.axes)
-        counts = [rows.stop - rows.start, *self.counts[1:]]
-        slots = [a.key.shape[1] for a in self.axes]
-        grad = grad.view(*grad.shape[:2], *counts, *slots, grad.shape[-1])
-        grad = grad.permute([0, 1] + [2 + a + part * rank for a in range(rank) for part in range(2)] + [2 + 2 * rank])
-        for a in reversed(range(1, rank)):
-            index = self.tensor("key", axis=a, device=grad.device).flatten()
-            grad = _sum_into(grad.flatten(2 + 2 * a, 3 + 2 * a), 2 + 2 * a, index, self.spatial[a])
-        index = self.tensor("key", axis=0, device=grad.device)[rows].flatten()
-        total.movedim(-2, 1).index_add_(2, index, grad.flatten(2, 3))
 
 
 def slices(total: int, step: int) -> list[slice]:

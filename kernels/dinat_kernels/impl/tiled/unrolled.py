@@ -1,7 +1,4 @@
-"""Tiles in elementary operations: any device and dtype, grouped queries, tracing, and the backward pass.
-
-Only the logits of one chunk of tiles exist at a time, in the backward pass too, which computes them again.
-"""
+"""Tiles in elementary operations: any device and dtype, grouped queries, and tracing."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from ...geometry import Neighborhood
 from ..precision import without_autocast, working_dtype
 from .plan import Costs, Plan, plan_of
 
-# Logits of a chunk: 4 MB in float32, so that a few of them stay in the cache.
+# Logits of a chunk, which exist at a time: 4 MB in float32, so that a few of them stay in the cache.
 _CHUNK = 1 << 20
 # Measured, k = 7.
 _COSTS = Costs(key=64, block=0, image=0)
@@ -36,8 +33,8 @@ def _gather(x: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _ungather(tiles: Tensor, plan: Plan, heads: int) -> Tensor:
-    """Undo `_gather` for queries, or keys of disjoint tiles: (batch, kv_heads, tiles, group * slots, dim) to (batch,
-    tokens, heads, dim), which is contiguous.
+    """Undo `_gather` for queries: (batch, kv_heads, tiles, group * slots, dim) to (batch, tokens, heads, dim), which is
+    contiguous.
     """
     tiles = tiles.unflatten(3, (heads // tiles.shape[1], -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     if plan.is_one_tile:
@@ -45,7 +42,7 @@ def _ungather(tiles: Tensor, plan: Plan, heads: int) -> Tensor:
     return tiles.index_select(1, plan.tensor("slot", device=tiles.device)).flatten(2, 3)
 
 
-def _group_bias(bias: Tensor, kv_heads: int, heads: int) -> Tensor:
+def group_bias(bias: Tensor, kv_heads: int, heads: int) -> Tensor:
     """(heads or 1, tiles, slots, keys) to (kv_heads or 1, tiles, group * slots, keys), the layout of the logits."""
     if bias.shape[0] == 1:
         return bias.repeat(1, 1, heads // kv_heads, 1)
@@ -78,8 +75,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Forward pass in elementary operations, which can be traced, exported and differentiated by autograd.
 
-    Arguments and results as `reference.attention`.  Differentiated by autograd, it keeps the logits;
-    `attention_backward` does not.
+    Arguments and results as `reference.attention`.  Differentiated by autograd, it keeps the logits.
 
     Args:
         dropout_p: probability of zeroing an attention weight; the others are scaled by `1 / (1 - dropout_p)`.
@@ -96,7 +92,7 @@ def attention(
     lses: list[list[Tensor]] = []
     for rows in row_chunks:
         query_index, key_index = (plan.gathered(name, rows, device) for name in ("query", "key"))
-        tile_bias = None if bias is None else _group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
+        tile_bias = None if bias is None else group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
         outs.append([])
         lses.append([])
         for images in image_chunks:
@@ -115,73 +111,3 @@ def attention(
     out = _ungather(_assemble(outs, dim=2), plan, heads).to(value.dtype)
     lse = _ungather(_assemble(lses, dim=2), plan, heads)
     return out.reshape(*query.shape[:-1], value.shape[-1]), lse.reshape(query.shape[:-1])
-
-
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    window: Neighborhood,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `attention` with respect to query, key, value and rpb, given those of out and lse.
-
-    `lse` itself is not needed: a softmax gives the weights again.
-    """
-    batch, *spatial, heads, _ = query.shape
-    kv_heads, dtype, device = key.shape[-2], working_dtype(query.dtype), query.device
-    group = heads // kv_heads
-    plan = plan_of(tuple(spatial), window, _COSTS)
-    # d logits = weights * (d weights - delta), where delta = rowsum(d out * out); lse adds its gradient to every logit.
-    delta = ((grad_out.to(dtype) * out.to(dtype)).sum(-1) - grad_lse)[..., None]
-    q, k, v, grad_o, delta = (_split_heads(x, kv_heads) for x in (query, key, value, grad_out, delta))
-    bias = plan.bias(rpb, dtype, device)
-    grad_bias = None
-    owner = plan.tensor("owner", device=device) if plan.overlapping else None
-
-    # Per tile.  Where a token is a key of several tiles, gradients of key and value are summed in `totals` instead.
-    grads: dict[str, list[list[Tensor]]] = {"query": [], "key": [], "value": []}
-    totals = None if plan.disjoint else [torch.zeros(x.shape, dtype=dtype, device=device) for x in (key, value)]
-    row_chunks, image_chunks = plan.chunks(heads, batch, _CHUNK)
-    for rows in row_chunks:
-        query_index, key_index = (plan.gathered(name, rows, device) for name in ("query", "key"))
-        tile_bias = None if bias is None else _group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
-        for parts in grads.values():
-            parts.append([])
-        for images in image_chunks:
-            query_tiles = _gather(q[images], query_index, dtype) * scale
-            key_tiles = _gather(k[images], key_index, dtype)
-            out_tiles = _gather(grad_o[images], query_index, dtype)
-            # On the CPU faster than exp(logits - lse), which is slow at minus infinity.
-            weights = _logits(query_tiles, key_tiles, tile_bias).softmax(-1)
-            if owner is not None:  # a token in two query slots: only one of them may send gradients
-                weights = weights.unflatten(3, (group, -1)).mul_(owner[plan.tiles(rows), None, :, None]).flatten(3, 4)
-            grad_logits = out_tiles @ _gather(v[images], key_index, dtype).transpose(-2, -1)
-            grad_logits = grad_logits.sub_(_gather(delta[images], query_index, dtype)).mul_(weights)
-            grads["query"][-1].append((grad_logits @ key_tiles) * scale)
-            grad_k, grad_v = grad_logits.transpose(-2, -1) @ query_tiles, weights.transpose(-2, -1) @ out_tiles
-            if totals is None:
-                grads["key"][-1].append(grad_k)
-                grads["value"][-1].append(grad_v)
-            else:
-                for total, grad in zip(totals, (grad_k, grad_v), strict=True):
-                    plan.add_key_grad_(total[images], grad, rows)
-            if rpb is not None:
-                of_tiles = grad_logits[0] if len(grad_logits) == 1 else grad_logits.sum(0)
-                of_tiles = of_tiles.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)
-                part = plan.bias_grad(of_tiles, rows)
-                grad_bias = part if grad_bias is None else grad_bias.add_(part)
-    grad_query = _ungather(_assemble(grads["query"], dim=2), plan, heads)
-    if totals is None:
-        totals = [_ungather(_assemble(grads[name], dim=2), plan, kv_heads) for name in ("key", "value")]
-    return (
-        grad_query.reshape(query.shape).to(query.dtype),
-        totals[0].reshape(key.shape).to(key.dtype),
-        totals[1].reshape(value.shape).to(value.dtype),
-        None if rpb is None else plan.table_grad(grad_bias).to(rpb.dtype),
-    )
