@@ -32,26 +32,25 @@ _COSTS = Costs(key=28, block=0, image=0)
 class _Sums(NamedTuple):
     """What the gradients of tokens are the sums of."""
 
-    tokens: Tensor  # whose gradients these are
-    rows: Tensor  # (images, rows) of slots: those of the first token's first head, of its second head, ...
-    offsets: Tensor  # (images, tokens * heads): where in `rows` each sum begins
+    tokens: Tensor  # of an image, whose gradients these are
+    rows: Tensor  # of slots: those of the first token's first head, of its second head, ... of each image
+    offsets: Tensor  # (images * tokens * heads): where in `rows` each sum begins
 
 
 class _Chunk(NamedTuple):
-    """Some rows of tiles, of as many images as are done at a time."""
+    """Some rows of tiles, of some images."""
 
-    rows: slice  # see `Plan.chunks`
     reads: list[Tensor]  # for each input, see `_reads`
     sums: list[_Sums]  # for query, key and value
 
 
 def _has_rows(x: Tensor) -> bool:
     """Whether memory is a matrix with the numbers of one token and head in a row."""
-    return x.stride(-1) == 1 and all(step % x.shape[-1] == 0 for step in x.stride())
+    return x.stride(-1) == 1 and all(step % x.shape[-1] == 0 for step in x.stride()[:-1])
 
 
 def _reads(tokens: np.ndarray, group: int, layout: Layout, images: int) -> Tensor:
-    """The rows of `layout` that the slots of tiles read, (images, kv_heads * tiles * group * slots).
+    """The rows of `layout` that the slots of tiles read, (images * kv_heads * tiles * group * slots).
 
     Args:
         tokens: (tiles, slots).
@@ -62,7 +61,7 @@ def _reads(tokens: np.ndarray, group: int, layout: Layout, images: int) -> Tenso
     token = sum(i * step for i, step in zip(position, of_axes, strict=True))
     head = np.arange(layout.shape[-2]).reshape(-1, 1, group, 1) * of_head
     image = np.arange(images)[:, None] * of_image
-    return torch.from_numpy(image + (head + token[:, None]).reshape(1, -1)).to(layout.device)
+    return torch.from_numpy(image + (head + token[:, None]).ravel()).flatten().to(layout.device)
 
 
 def _sums(tokens: np.ndarray, group: int, layout: Layout, images: int, owner: np.ndarray | None) -> _Sums:
@@ -84,13 +83,13 @@ def _sums(tokens: np.ndarray, group: int, layout: Layout, images: int, owner: np
     image = np.arange(images)[:, None]
     rows, offsets = image * (heads * tiles * slots) + rows, image * len(rows) + offsets
     rows, offsets = rows.astype(np.int32), offsets.astype(np.int32)  # enough for a chunk, and faster
-    return _Sums(*(torch.from_numpy(x).to(layout.device) for x in (tokens, rows, offsets)))
+    return _Sums(*(torch.from_numpy(x).flatten().to(layout.device) for x in (tokens, rows, offsets)))
 
 
 # As many as the layers of a model need: those of a large map take as much memory as its tensors.
 @lru_cache(maxsize=32)
-def _chunks(plan: Plan, *layouts: Layout) -> tuple[list[_Chunk], list[slice]]:
-    """All chunks, and the images that are done at a time.
+def _chunks(plan: Plan, *layouts: Layout) -> tuple[list[tuple[slice, dict[int, _Chunk]]], list[slice]]:
+    """The rows of tiles (see `Plan.chunks`) with their chunks by the number of images, and the images done at a time.
 
     Args:
         layouts: of query, key, value, and the gradients of out and, if there is one, lse.
@@ -98,54 +97,58 @@ def _chunks(plan: Plan, *layouts: Layout) -> tuple[list[_Chunk], list[slice]]:
     query, key, *_ = layouts
     batch, heads, group = query.shape[0], query.shape[-2], query.shape[-2] // key.shape[-2]
     row_chunks, image_chunks = plan.chunks(heads, batch, _CHUNK)
-    images = image_chunks[0].stop
     kinds = list(zip(("query", "key", "key", "query", "query"), layouts, strict=False))
-    chunks = []
-    for rows in row_chunks:
+
+    def chunk(rows: slice, images: int) -> _Chunk:
         tiles = plan.tiles(rows)
         slots = {"query": (plan.query[tiles], group), "key": (plan.key[tiles], 1)}
         reads = {kind: _reads(*slots[kind[0]], kind[1], images) for kind in set(kinds)}
         of_query = _sums(*slots["query"], query, images, plan.owner[tiles])
         of_key = _sums(*slots["key"], key, images, None)
-        chunks.append(_Chunk(rows, [reads[kind] for kind in kinds], [of_query, of_key, of_key]))
-    return chunks, image_chunks
+        return _Chunk([reads[kind] for kind in kinds], [of_query, of_key, of_key])
+
+    counts = {images.stop - images.start for images in image_chunks}
+    return [(rows, {count: chunk(rows, count) for count in counts}) for rows in row_chunks], image_chunks
 
 
 def _read(x: Tensor, rows: Tensor) -> Tensor:
     """Rows of some images, (rows, dim)."""
     dim = x.shape[-1]
     last = sum((n - 1) * step for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)) // dim
-    return x.as_strided((last + 1, dim), (dim, 1)).index_select(0, rows.flatten())
-
-
-def _sum_up(slots: Tensor, sums: _Sums, images: int) -> Tensor:
-    """Gradients of slots (..., slots, dim) to those of tokens (images * tokens * heads, dim)."""
-    rows, offsets = sums.rows[:images].flatten(), sums.offsets[:images].flatten()
-    return F.embedding_bag(rows, slots.flatten(0, -2), offsets, mode="sum")
+    return x.as_strided((last + 1, dim), (dim, 1)).index_select(0, rows)
 
 
 def _of_slots(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, d_lse: Tensor | None, bias: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    shape: tuple,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Gradients of the logits, and of q and k, but for the scale, and v.
 
     Args:
-        q, d_out, d_lse: (images, kv_heads, tiles, group * slots, dim); dim is 1 in `d_lse`.
-        k, v: (images, kv_heads, tiles, slots, dim).
+        q, d_out, d_lse: (images * kv_heads * tiles, group * slots, dim); dim is 1 in `d_lse`.
+        k, v: (images * kv_heads * tiles, slots, dim).
         bias: (kv_heads or 1, tiles, group * slots, slots).
+        shape: images, kv_heads, tiles.
     """
-    shape = (*q.shape[:-1], k.shape[-2])
-    q, k, v, d_out = (x.flatten(0, 2) for x in (q, k, v, d_out))
-    logits = torch.bmm(q, k.transpose(1, 2)).view(shape)
-    logits = logits.mul_(scale) if bias is None else torch.add(bias, logits, alpha=scale, out=logits)
+    logits = torch.bmm(q, k.mT)
+    if bias is None:
+        logits.mul_(scale)
+    else:
+        by_head = logits.unflatten(0, shape)
+        torch.add(bias, by_head, alpha=scale, out=by_head)
     weights = logits.softmax(-1)
     # d logits = weights * (d weights - their mean); in the memory of the logits
-    d_weights = torch.bmm(d_out, v.transpose(1, 2), out=logits.flatten(0, 2)).view(shape)
-    d_logits = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype, grad_input=d_weights)
+    d_logits = torch.bmm(d_out, v.mT, out=logits)
+    torch._softmax_backward_data(d_logits, weights, -1, weights.dtype, grad_input=d_logits)
     if d_lse is not None:  # of which every logit has its weight
         d_logits.addcmul_(weights, d_lse)
-    weights, rows = weights.flatten(0, 2), d_logits.flatten(0, 2)
-    return d_logits, (torch.bmm(rows, k), torch.bmm(rows.mT, q), torch.bmm(weights.mT, d_out))
+    return d_logits, (torch.bmm(d_logits, k), torch.bmm(d_logits.mT, q), torch.bmm(weights.mT, d_out))
 
 
 def attention_backward(
@@ -182,29 +185,31 @@ def attention_backward(
     # With several chunks of tiles, each has but a part of a token's gradient.
     totals = [x.new_zeros((batch, math.prod(spatial), *x.shape[-2:]), dtype=dtype) for x in grads if len(chunks) > 1]
 
-    for rows, reads, sums in chunks:
+    for rows, by_count in chunks:
         tiles, d_bias = plan.tiles(rows), None
         tile_bias = None if bias is None else group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
         for images in image_chunks:
             count = images.stop - images.start
-            shape = count, kv_heads, tiles.stop - tiles.start, -1
+            reads, sums = by_count[count]
+            shape = count, kv_heads, tiles.stop - tiles.start
             q, k, v, d_out, *d_lse = (
-                _read(x[images], of_x[:count]).to(dtype).view(*shape, x.shape[-1])
+                _read(x[images], of_x).to(dtype).view(math.prod(shape), -1, x.shape[-1])
                 for x, of_x in zip(inputs, reads, strict=True)
             )
             if owner is not None:  # of a token in two query slots, one is to send gradients
                 for x in (d_out, *d_lse):
-                    x.unflatten(-2, (group, -1)).mul_(owner[tiles, None, :, None])
-            d_logits, slots = _of_slots(q, k, v, d_out, d_lse[0] if d_lse else None, tile_bias, scale)
-            for i, (of_slots, of_tokens, factor) in enumerate(zip(slots, sums, factors, strict=True)):
-                grad = _sum_up(of_slots, of_tokens, count)
+                    x.view(-1, shape[2], group, plan.query_slots, x.shape[-1]).mul_(owner[tiles, None, :, None])
+            d_logits, slots = _of_slots(q, k, v, d_out, d_lse[0] if d_lse else None, tile_bias, scale, shape)
+            for i, (of_slots, (tokens, of_tokens, offsets)) in enumerate(zip(slots, sums, strict=True)):
+                grad = F.embedding_bag(of_tokens, of_slots.flatten(0, 1), offsets, mode="sum")
                 if totals:
                     grad = grad.view(count, -1, *totals[i].shape[2:])
-                    totals[i][images].index_add_(1, of_tokens.tokens, grad, alpha=factor)
+                    totals[i][images].index_add_(1, tokens, grad, alpha=factors[i])
                 else:
                     into = grads[i][images]
-                    torch.mul(grad.view(into.shape), factor, out=into)
+                    torch.mul(grad.view(into.shape), factors[i], out=into)
             if rpb is not None:
+                d_logits = d_logits.view(*shape, *d_logits.shape[1:])
                 d_logits = d_logits[0] if count == 1 else d_logits.sum(0)
                 d_bias = d_logits if d_bias is None else d_bias.add_(d_logits)
         if rpb is not None:
