@@ -38,10 +38,10 @@ class _Sums(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Some rows of tiles, of some images."""
+    """Some rows of tiles, of some images; None where a tile is an image."""
 
-    reads: list[Tensor]  # for each input, see `_reads`
-    sums: list[_Sums]  # for query, key and value
+    reads: list[Tensor | None]  # for each input, see `_reads`
+    sums: list[_Sums | None]  # for query, key and value
 
 
 def _has_rows(x: Tensor) -> bool:
@@ -100,6 +100,8 @@ def _chunks(plan: Plan, *layouts: Layout) -> tuple[list[tuple[slice, dict[int, _
     kinds = list(zip(("query", "key", "key", "query", "query"), layouts, strict=False))
 
     def chunk(rows: slice, images: int) -> _Chunk:
+        if plan.is_one_tile:
+            return _Chunk([None] * len(kinds), [None] * 3)
         tiles = plan.tiles(rows)
         slots = {"query": (plan.query[tiles], group), "key": (plan.key[tiles], 1)}
         reads = {kind: _reads(*slots[kind[0]], kind[1], images) for kind in set(kinds)}
@@ -111,11 +113,21 @@ def _chunks(plan: Plan, *layouts: Layout) -> tuple[list[tuple[slice, dict[int, _
     return [(rows, {count: chunk(rows, count) for count in counts}) for rows in row_chunks], image_chunks
 
 
-def _read(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of some images, (rows, dim)."""
+def _slots_of(x: Tensor, rows: Tensor | None) -> Tensor:
+    """(images, *spatial, heads, dim) in slots: images, heads, tiles and slots in the order of `_reads`, then dim."""
+    if rows is None:
+        return x.flatten(1, -3).transpose(1, 2)
     dim = x.shape[-1]
     last = sum((n - 1) * step for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)) // dim
     return x.as_strided((last + 1, dim), (dim, 1)).index_select(0, rows)
+
+
+def _tokens_of(slots: Tensor, sums: _Sums | None, images: int, heads: int) -> Tensor:
+    """Gradients of slots to those of tokens, (images, tokens, heads, dim)."""
+    dim = slots.shape[-1]
+    if sums is None:
+        return slots.view(images, heads, -1, dim).transpose(1, 2)
+    return F.embedding_bag(sums.rows, slots.view(-1, dim), sums.offsets, mode="sum").view(images, -1, heads, dim)
 
 
 def _of_slots(
@@ -174,7 +186,7 @@ def attention_backward(
     """
     batch, *spatial, heads, _ = query.shape
     kv_heads, dtype, device = key.shape[-2], working_dtype(query.dtype), query.device
-    group, factors = heads // kv_heads, (scale, scale, 1.0)
+    group = heads // kv_heads
     plan = plan_of(tuple(spatial), window, _COSTS)
     inputs = [x if _has_rows(x) else x.contiguous() for x in (query, key, value, grad_out)]
     if grad_lse is not None:
@@ -193,21 +205,19 @@ def attention_backward(
             reads, sums = by_count[count]
             shape = count, kv_heads, tiles.stop - tiles.start
             q, k, v, d_out, *d_lse = (
-                _read(x[images], of_x).to(dtype).view(math.prod(shape), -1, x.shape[-1])
-                for x, of_x in zip(inputs, reads, strict=True)
+                _slots_of(x[images], rows_of_x).to(dtype).reshape(math.prod(shape), -1, x.shape[-1])
+                for x, rows_of_x in zip(inputs, reads, strict=True)
             )
             if owner is not None:  # of a token in two query slots, one is to send gradients
                 for x in (d_out, *d_lse):
                     x.view(-1, shape[2], group, plan.query_slots, x.shape[-1]).mul_(owner[tiles, None, :, None])
             d_logits, slots = _of_slots(q, k, v, d_out, d_lse[0] if d_lse else None, tile_bias, scale, shape)
-            for i, (of_slots, (tokens, of_tokens, offsets)) in enumerate(zip(slots, sums, strict=True)):
-                grad = F.embedding_bag(of_tokens, of_slots.flatten(0, 1), offsets, mode="sum")
+            for i, (of_slots, of_tokens, factor) in enumerate(zip(slots, sums, (scale, scale, 1.0), strict=True)):
+                grad = _tokens_of(of_slots, of_tokens, count, grads[i].shape[-2])
                 if totals:
-                    grad = grad.view(count, -1, *totals[i].shape[2:])
-                    totals[i][images].index_add_(1, tokens, grad, alpha=factors[i])
+                    totals[i][images].index_add_(1, of_tokens.tokens, grad, alpha=factor)
                 else:
-                    into = grads[i][images]
-                    torch.mul(grad.view(into.shape), factors[i], out=into)
+                    torch.mul(grad, factor, out=grads[i][images].flatten(1, -3))
             if rpb is not None:
                 d_logits = d_logits.view(*shape, *d_logits.shape[1:])
                 d_logits = d_logits[0] if count == 1 else d_logits.sum(0)
