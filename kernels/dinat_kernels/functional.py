@@ -54,6 +54,8 @@ def _check(
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if query.shape[-1] == 0:
         raise ValueError("query must have a head_dim of at least 1, got 0")
+    if value.shape[-1] == 0:
+        raise ValueError("value must have a head_dim of at least 1, got 0")
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have the head_dim of query, {query.shape[-1]}, got {key.shape[-1]}")
     if value.shape[-2] != kv_heads:

@@ -58,7 +58,7 @@ def _attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, wi
         return [x.new_zeros(x.shape) for x in (query, key, value, rpb) if x is not None]
     inputs = unpacked(query, key, value)
     grads = [x.new_empty(x.shape) for x in (query, key, value) if x is not None]
-    views = grads if key is not None else unpacked(*grads, None, None)
+    views = grads[0].unbind(-3) if key is None else grads
     run = implementation(resolve(backend or None, inputs[0], inputs[2])).attention_backward
     grad_rpb = run(grad_out, grad_lse, *inputs, rpb, out, lse, Neighborhood.from_flat(window), scale, views)
     return grads if rpb is None else [*grads, grad_rpb]
@@ -79,13 +79,13 @@ def _attention_backward_fake(grad_out, grad_lse, query, key, value, rpb, *args):
 
 def _save_for_backward(ctx, inputs, output):
     query, key, value, rpb, *ctx.arguments, with_lse = inputs
-    ctx.set_materialize_grads(False)
     if not with_lse:
         raise RuntimeError(
             "neighborhood attention was traced where no gradient was wanted, and is asked for one. Trace it again, "
             "outside of torch.no_grad() and with an input that requires a gradient."
         )
     ctx.save_for_backward(query, key, value, rpb, *output)
+    ctx.set_materialize_grads(False)  # lse has none, most of the time
 
 
 def _differentiate(ctx, grad_out, grad_lse):

@@ -132,7 +132,6 @@ def test_tiled_matches_the_definition(seed, monkeypatch):
     if seed % 2:  # several chunks of work even at this size
         monkeypatch.setattr(unrolled, "_CHUNK", 200)
         monkeypatch.setattr(backward, "_CHUNK", 200)
-        monkeypatch.setattr(backward, "_chunks", backward._chunks.__wrapped__)
         monkeypatch.setattr(cpu, "_SCRATCH", 2_000)
         monkeypatch.setattr(cpu, "_BIAS_CHUNK", 200)
     p = random_problem(seed)
@@ -297,7 +296,8 @@ Q = torch.randn(2, 8, 9, 4, 8)
         (dict(kernel_size={3}), r"kernel_size must be one int or 2 of them \(one per axis\), got \{3\}"),
         (dict(scale=[1.0]), r"scale must be a number or None, got \[1.0\]"),
         (dict(scale="a"), "scale must be a number or None, got 'a'"),
-        (dict(query=Q[..., :0], key=Q[..., :0]), "head_dim of at least 1, got 0"),
+        (dict(query=Q[..., :0], key=Q[..., :0]), "query must have a head_dim of at least 1, got 0"),
+        (dict(value=Q[..., :0]), "value must have a head_dim of at least 1, got 0"),
         (dict(backend="cuda"), "backend must be None or one of 'reference', 'torch', 'triton', got 'cuda'"),
     ],
 )

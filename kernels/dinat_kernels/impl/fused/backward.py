@@ -75,7 +75,6 @@ def query_kernel(
     GROUP: tl.constexpr,  # query heads per key head
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    ROWS: tl.constexpr,  # elements from the dq, dk and dv of one token to those of the next
     WINDOW: tl.constexpr,  # kernel_size, stride, is_causal, and whether every query sees its whole group, axis by axis
     TILE: tl.constexpr,  # a tile of queries, as BOX
     BOX: tl.constexpr,  # the box of keys that hold all its windows: positions.block
@@ -87,6 +86,7 @@ def query_kernel(
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
     WIDE: tl.constexpr,  # offsets within one image need 64 bits
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,  # elements from the dq, dk and dv of one token to those of the next
     HAS_DLSE: tl.constexpr,
     GRAD_QUERY: tl.constexpr,
     GRAD_RPB: tl.constexpr,
@@ -251,7 +251,6 @@ def key_kernel(
     GROUP: tl.constexpr,  # query heads per key head
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    ROWS: tl.constexpr,  # elements from the dq, dk and dv of one token to those of the next
     WINDOW: tl.constexpr,  # kernel_size, stride, is_causal, and whether every query sees its whole group, axis by axis
     TILE: tl.constexpr,  # a tile of keys, as BOX
     BOX: tl.constexpr,  # the box of queries that see one of them: positions.block
@@ -263,6 +262,7 @@ def key_kernel(
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
     WIDE: tl.constexpr,  # offsets within one image need 64 bits
     PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,  # elements from the dq, dk and dv of one token to those of the next
 ):
     """One program: the keys of one tile of one dilation group, of one key head, in some images.
 

@@ -160,12 +160,12 @@ def make_plan(
     def extent(layout: Strided) -> int:
         return sum((n - 1) * step for n, step in zip(lengths, strides(layout)[1:-1], strict=True))
 
+    widest = max(heads * head_dim, heads * value_dim, *grad_rows)
     constants = dict(
         HEADS=heads,
         GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
-        **({"ROWS": grad_rows} if grad_rows else {}),
         WINDOW=tuple(itertools.chain(*zip(size, stride, causal, full, strict=True))),
         TILE=(*tile, tile[0] * tile[1], tile[2], 1),
         BOX=(*box, rows, columns, blocks),
@@ -175,10 +175,11 @@ def make_plan(
         BV=dims[1],
         HAS_RPB=has_rpb,
         SIGN=sign,
-        WIDE=max(*map(extent, layouts), math.prod(lengths) * max(heads * head_dim, heads * value_dim, *grad_rows))
-        >= 2**31 - 128,
+        WIDE=max(*map(extent, layouts), math.prod(lengths) * widest) >= 2**31 - 128,
         PRECISION=precision,
     )
+    if own != "forward":
+        constants["ROWS"] = grad_rows
     if own == "query":
         constants["HAS_DLSE"] = has_dlse
         constants["GRAD_QUERY"] = kernel == "query"
@@ -288,12 +289,12 @@ def attention_backward(
     inputs = [x if _is_readable(layout_of(x)) else x.contiguous() for x in (query, key, value, grad_out)]
     out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
-    grad_lse, has_dlse = (delta, False) if grad_lse is None else (grad_lse.contiguous(), True)
+    has_dlse = grad_lse is not None
+    grad_lse = grad_lse.contiguous() if has_dlse else delta  # unused
     problem = (
         *_problem([layout_of(x) for x in inputs], rpb is not None, window, scale),
         _precision(query.dtype),
         tuple(x.stride(-3) for x in grads),
-        has_dlse,
     )
     inputs.insert(3, _table(rpb, out))
 
@@ -304,10 +305,10 @@ def attention_backward(
         _launch(plan, (*inputs, out, lse, grad_lse, delta, *grads, delta if parts is None else parts), scale)
         return None if parts is None else parts.sum(0).to(rpb.dtype)
 
-    plan = _plan("query", *problem)
+    plan = _plan("query", *problem, has_dlse)
     grad_rpb = run_query_kernel(plan)
     if rpb is not None and grad_rpb is None:
-        grad_rpb = run_query_kernel(_plan("rpb", *problem))
+        grad_rpb = run_query_kernel(_plan("rpb", *problem, has_dlse))
     if not plan.constants["WHOLE"]:
         _launch(_plan("key", *problem), (*inputs, lse, delta, *grads[1:]), scale)
     return grad_rpb

@@ -1,7 +1,7 @@
 """The backward pass: tiles in matrix products.
 
-What a tile reads, and what a token's gradient is the sum of, are rows: the numbers of one token and one head, which lie
-together in memory.  Rows are copied and summed up by their indices, several times as fast as along an inner dimension.
+What a tile holds is gathered, and gradients of tokens are summed up, by vectors: the numbers of one token and one head,
+which lie together in memory.  Copied by its index, a vector costs a fraction of what it does along an inner dimension.
 Only the logits of some tiles exist at a time; they are computed again.
 """
 
@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...geometry import Neighborhood
-from ..layout import Layout, layout_of
+from ..layout import PREPARED, Layout, layout_of
 from ..precision import working_dtype
-from .plan import Costs, Plan, plan_of
-from .unrolled import group_bias
+from .plan import Costs, Plan, group_bias, plan_of, ungroup_bias
 
 # Logits of a chunk: 5 MB in float32, so that two of them stay in the cache, and two heads of a 56x56 map are one chunk.
 _CHUNK = 5 << 18
@@ -33,24 +32,24 @@ class _Sums(NamedTuple):
     """What the gradients of tokens are the sums of."""
 
     tokens: Tensor  # of an image, whose gradients these are
-    rows: Tensor  # of slots: those of the first token's first head, of its second head, ... of each image
-    offsets: Tensor  # (images * tokens * heads): where in `rows` each sum begins
+    vectors: Tensor  # of slots: those of the first token's first head, of its second head, ... of each image
+    offsets: Tensor  # (images * tokens * heads): where in `vectors` each sum begins
 
 
-class _Chunk(NamedTuple):
-    """Some rows of tiles, of some images; None where a tile is an image."""
+class _Indices(NamedTuple):
+    """Of some tiles of some images.  None where a tile is an image: its slots are the tokens, in order."""
 
-    reads: list[Tensor | None]  # for each input, see `_reads`
-    sums: list[_Sums | None]  # for query, key and value
+    gathers: Sequence[Tensor | None]  # see `_gathered`, for each input
+    sums: Sequence[_Sums | None]  # for query, key and value
 
 
-def _has_rows(x: Tensor) -> bool:
-    """Whether memory is a matrix with the numbers of one token and head in a row."""
+def _has_vectors(x: Tensor) -> bool:
+    """Whether memory is a matrix of vectors; strides of 0 and any storage offset will do."""
     return x.stride(-1) == 1 and all(step % x.shape[-1] == 0 for step in x.stride()[:-1])
 
 
-def _reads(tokens: np.ndarray, group: int, layout: Layout, images: int) -> Tensor:
-    """The rows of `layout` that the slots of tiles read, (images * kv_heads * tiles * group * slots).
+def _gathered(tokens: np.ndarray, group: int, layout: Layout, images: int) -> Tensor:
+    """The vectors of a tensor in the slots of tiles, (images * kv_heads * tiles * group * slots).
 
     Args:
         tokens: (tiles, slots).
@@ -64,73 +63,70 @@ def _reads(tokens: np.ndarray, group: int, layout: Layout, images: int) -> Tenso
     return torch.from_numpy(image + (head + token[:, None]).ravel()).flatten().to(layout.device)
 
 
-def _sums(tokens: np.ndarray, group: int, layout: Layout, images: int, owner: np.ndarray | None) -> _Sums:
-    """What the gradients of the tokens of `layout` are the sums of, in slots as in `_reads`.
+def _summed(tokens: np.ndarray, group: int, layout: Layout, images: int, owner: np.ndarray | None) -> _Sums:
+    """What the gradients of the tokens of a tensor are the sums of, in slots as in `_gathered`.
 
     Args:
         owner: (tiles, slots), zero where a slot has no gradient.
     """
     heads, (tiles, slots) = layout.shape[-2], tokens.shape
-    tokens = tokens.ravel()
+    # Slots, those of a token one after another.
     slot = np.arange(tiles * slots) if owner is None else np.flatnonzero(owner)
-    slot = slot[np.argsort(tokens[slot], kind="stable")]
-    tokens, first, sizes = np.unique(tokens[slot], return_index=True, return_counts=True)
-    # As many sums of each token as there are heads.
-    head, first, sizes = np.tile(np.arange(heads), len(tokens)), np.repeat(first, heads), np.repeat(sizes, heads)
-    offsets = np.cumsum(sizes) - sizes
-    slot, head = slot[np.repeat(first - offsets, sizes) + np.arange(sizes.sum())], np.repeat(head, sizes)
-    rows = ((head // group * tiles + slot // slots) * group + head % group) * slots + slot % slots
+    slot = slot[np.argsort(tokens.ravel()[slot], kind="stable")]
+    unique, first, count = np.unique(tokens.ravel()[slot], return_index=True, return_counts=True)
+    # As many sums of a token as there are heads, all of the same slots.
+    count_of_sum, first_of_sum = np.repeat(count, heads), np.repeat(first, heads)
+    offsets = np.cumsum(count_of_sum) - count_of_sum
+    slot = slot[np.repeat(first_of_sum - offsets, count_of_sum) + np.arange(count_of_sum.sum())]
+    head = np.repeat(np.tile(np.arange(heads), len(unique)), count_of_sum)
+    # The number of (kv_head, tile, head of the group, slot).
+    vectors = ((head // group * tiles + slot // slots) * group + head % group) * slots + slot % slots
+    of_image = heads * tiles * slots
     image = np.arange(images)[:, None]
-    rows, offsets = image * (heads * tiles * slots) + rows, image * len(rows) + offsets
-    rows, offsets = rows.astype(np.int32), offsets.astype(np.int32)  # enough for a chunk, and faster
-    return _Sums(*(torch.from_numpy(x).flatten().to(layout.device) for x in (tokens, rows, offsets)))
+    kind = np.int32 if images * of_image < 2**31 else np.int64  # the former is faster
+    vectors, offsets = (image * of_image + vectors).astype(kind), (image * len(vectors) + offsets).astype(kind)
+    return _Sums(*(torch.from_numpy(x).flatten().to(layout.device) for x in (unique, vectors, offsets)))
 
 
-# As many as the layers of a model need: those of a large map take as much memory as its tensors.
-@lru_cache(maxsize=32)
-def _chunks(plan: Plan, *layouts: Layout) -> tuple[list[tuple[slice, dict[int, _Chunk]]], list[slice]]:
-    """The rows of tiles (see `Plan.chunks`) with their chunks by the number of images, and the images done at a time.
+def _indices(plan: Plan, start: int, stop: int, images: int, *layouts: Layout) -> _Indices:
+    """The indices of tiles `start` to `stop`.
 
     Args:
         layouts: of query, key, value, and the gradients of out and, if there is one, lse.
     """
+    if plan.is_one_tile:
+        return _Indices([None] * len(layouts), [None] * 3)
     query, key, *_ = layouts
-    batch, heads, group = query.shape[0], query.shape[-2], query.shape[-2] // key.shape[-2]
-    row_chunks, image_chunks = plan.chunks(heads, batch, _CHUNK)
-    kinds = list(zip(("query", "key", "key", "query", "query"), layouts, strict=False))
-
-    def chunk(rows: slice, images: int) -> _Chunk:
-        if plan.is_one_tile:
-            return _Chunk([None] * len(kinds), [None] * 3)
-        tiles = plan.tiles(rows)
-        slots = {"query": (plan.query[tiles], group), "key": (plan.key[tiles], 1)}
-        reads = {kind: _reads(*slots[kind[0]], kind[1], images) for kind in set(kinds)}
-        of_query = _sums(*slots["query"], query, images, plan.owner[tiles])
-        of_key = _sums(*slots["key"], key, images, None)
-        return _Chunk([reads[kind] for kind in kinds], [of_query, of_key, of_key])
-
-    counts = {images.stop - images.start for images in image_chunks}
-    return [(rows, {count: chunk(rows, count) for count in counts}) for rows in row_chunks], image_chunks
+    group = query.shape[-2] // key.shape[-2]
+    queries, keys = (plan.query[start:stop], group), (plan.key[start:stop], 1)
+    of_key = _gathered(*keys, key, images)
+    of_value = of_key if layouts[2] == key else _gathered(*keys, layouts[2], images)
+    others = [_gathered(*queries, layout, images) for layout in layouts[3:]]
+    sums = _summed(*queries, query, images, plan.owner[start:stop]), _summed(*keys, key, images, None)
+    return _Indices([_gathered(*queries, query, images), of_key, of_value, *others], [*sums, sums[1]])
 
 
-def _slots_of(x: Tensor, rows: Tensor | None) -> Tensor:
-    """(images, *spatial, heads, dim) in slots: images, heads, tiles and slots in the order of `_reads`, then dim."""
-    if rows is None:
+_kept_indices = lru_cache(maxsize=PREPARED)(_indices)
+
+
+def _gather(x: Tensor, vectors: Tensor | None) -> Tensor:
+    """Slots of (images, *spatial, heads, dim), in the order of `_gathered`, and dim; a view without `vectors`."""
+    if vectors is None:
         return x.flatten(1, -3).transpose(1, 2)
     dim = x.shape[-1]
     last = sum((n - 1) * step for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)) // dim
-    return x.as_strided((last + 1, dim), (dim, 1)).index_select(0, rows)
+    return x.as_strided((last + 1, dim), (dim, 1)).index_select(0, vectors)
 
 
-def _tokens_of(slots: Tensor, sums: _Sums | None, images: int, heads: int) -> Tensor:
+def _sum_up(slots: Tensor, sums: _Sums | None, images: int, heads: int) -> Tensor:
     """Gradients of slots to those of tokens, (images, tokens, heads, dim)."""
     dim = slots.shape[-1]
     if sums is None:
         return slots.view(images, heads, -1, dim).transpose(1, 2)
-    return F.embedding_bag(sums.rows, slots.view(-1, dim), sums.offsets, mode="sum").view(images, -1, heads, dim)
+    return F.embedding_bag(sums.vectors, slots.view(-1, dim), sums.offsets, mode="sum").view(images, -1, heads, dim)
 
 
-def _of_slots(
+def _tile_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -139,7 +135,7 @@ def _of_slots(
     bias: Tensor | None,
     scale: float,
     shape: tuple,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, Sequence[Tensor]]:
     """Gradients of the logits, and of q and k, but for the scale, and v.
 
     Args:
@@ -155,7 +151,7 @@ def _of_slots(
         by_head = logits.unflatten(0, shape)
         torch.add(bias, by_head, alpha=scale, out=by_head)
     weights = logits.softmax(-1)
-    # d logits = weights * (d weights - their mean); in the memory of the logits
+    # d logits = weights * (d weights - their mean), all in the memory of the logits: a row is written once it is read.
     d_logits = torch.bmm(d_out, v.mT, out=logits)
     torch._softmax_backward_data(d_logits, weights, -1, weights.dtype, grad_input=d_logits)
     if d_lse is not None:  # of which every logit has its weight
@@ -176,55 +172,61 @@ def attention_backward(
     scale: float,
     grads: Sequence[Tensor],
 ) -> Tensor | None:
-    """The gradient of rpb, and in `grads` those of query, key and value, given those of out and lse.
-
-    `out` and `lse` are not needed: a softmax gives the weights again.
+    """Write the gradients of query, key and value, given those of out and lse; return that of rpb.
 
     Args:
-        grads: what is written to, in the shapes of query, key and value; contiguous, or the parts of a contiguous
-            packed projection.
+        grad_lse: None for zeros.
+        out, lse: for backends that need them; here a softmax gives the weights again.
+        grads: memory of its own for the gradients of query, key and value, in their shapes: contiguous, or the parts of
+            a contiguous packed projection.
     """
     batch, *spatial, heads, _ = query.shape
     kv_heads, dtype, device = key.shape[-2], working_dtype(query.dtype), query.device
     group = heads // kv_heads
     plan = plan_of(tuple(spatial), window, _COSTS)
-    inputs = [x if _has_rows(x) else x.contiguous() for x in (query, key, value, grad_out)]
+    inputs = [x if _has_vectors(x) else x.contiguous() for x in (query, key, value, grad_out)]
     if grad_lse is not None:
         inputs.append(grad_lse.contiguous()[..., None])
-    chunks, image_chunks = _chunks(plan, *map(layout_of, inputs))
+    layouts = [layout_of(x) for x in inputs]
     bias, grad_bias = plan.bias(rpb, dtype, device), None
     owner = plan.tensor("owner", device=device) if plan.overlapping else None
-    # With several chunks of tiles, each has but a part of a token's gradient.
-    totals = [x.new_zeros((batch, math.prod(spatial), *x.shape[-2:]), dtype=dtype) for x in grads if len(chunks) > 1]
+    row_chunks, image_chunks = plan.chunks(heads, batch, _CHUNK)
+    counts = {images.stop - images.start for images in image_chunks}
+    # The indices of a large map would fill the memory; and each of its chunks has but a part of a token's gradient.
+    find, totals = _kept_indices, None
+    if len(row_chunks) > 1:
+        find, totals = _indices, [x.new_zeros((batch, math.prod(spatial), *x.shape[-2:]), dtype=dtype) for x in grads]
 
-    for rows, by_count in chunks:
+    for rows in row_chunks:
         tiles, d_bias = plan.tiles(rows), None
+        indices = {count: find(plan, tiles.start, tiles.stop, count, *layouts) for count in counts}
         tile_bias = None if bias is None else group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
         for images in image_chunks:
             count = images.stop - images.start
-            reads, sums = by_count[count]
             shape = count, kv_heads, tiles.stop - tiles.start
+            gathers, sums = indices[count]
             q, k, v, d_out, *d_lse = (
-                _slots_of(x[images], rows_of_x).to(dtype).reshape(math.prod(shape), -1, x.shape[-1])
-                for x, rows_of_x in zip(inputs, reads, strict=True)
+                _gather(x[images], vectors).to(dtype).reshape(math.prod(shape), -1, x.shape[-1])
+                for x, vectors in zip(inputs, gathers, strict=True)
             )
-            if owner is not None:  # of a token in two query slots, one is to send gradients
+            if owner is not None:  # of a token in two query slots, one is to send gradients; both are copies
                 for x in (d_out, *d_lse):
                     x.view(-1, shape[2], group, plan.query_slots, x.shape[-1]).mul_(owner[tiles, None, :, None])
-            d_logits, slots = _of_slots(q, k, v, d_out, d_lse[0] if d_lse else None, tile_bias, scale, shape)
-            for i, (of_slots, of_tokens, factor) in enumerate(zip(slots, sums, (scale, scale, 1.0), strict=True)):
-                grad = _tokens_of(of_slots, of_tokens, count, grads[i].shape[-2])
-                if totals:
-                    totals[i][images].index_add_(1, of_tokens.tokens, grad, alpha=factor)
-                else:
+            d_logits, slots = _tile_gradients(q, k, v, d_out, d_lse[0] if d_lse else None, tile_bias, scale, shape)
+            for i, factor in enumerate((scale, scale, 1.0)):
+                grad = _sum_up(slots[i], sums[i], count, grads[i].shape[-2])
+                if totals is None:
                     torch.mul(grad, factor, out=grads[i][images].flatten(1, -3))
+                else:
+                    totals[i][images].index_add_(1, sums[i].tokens, grad, alpha=factor)
             if rpb is not None:
-                d_logits = d_logits.view(*shape, *d_logits.shape[1:])
+                d_logits = d_logits.unflatten(0, shape)
                 d_logits = d_logits[0] if count == 1 else d_logits.sum(0)
                 d_bias = d_logits if d_bias is None else d_bias.add_(d_logits)
         if rpb is not None:
-            d_bias = plan.bias_grad(d_bias.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1), rows)
+            d_bias = plan.bias_grad(ungroup_bias(d_bias, heads), rows)
             grad_bias = d_bias if grad_bias is None else grad_bias.add_(d_bias)
-    for grad, total in zip(grads, totals, strict=False):
-        grad.copy_(total.view(grad.shape))
+    if totals is not None:
+        for grad, total in zip(grads, totals, strict=True):
+            grad.copy_(total.view(grad.shape))
     return None if rpb is None else plan.table_grad(grad_bias).to(rpb.dtype)

@@ -288,6 +288,18 @@ class Plan:
         return grad.contiguous()
 
 
+def group_bias(bias: Tensor, kv_heads: int, heads: int) -> Tensor:
+    """(heads or 1, tiles, slots, keys) to (kv_heads or 1, tiles, group * slots, keys), the layout of the logits."""
+    if bias.shape[0] == 1:
+        return bias.repeat(1, 1, heads // kv_heads, 1)
+    return bias.unflatten(0, (kv_heads, heads // kv_heads)).transpose(1, 2).flatten(2, 3)
+
+
+def ungroup_bias(grad: Tensor, heads: int) -> Tensor:
+    """Adjoint of `group_bias`, with a bias for each head."""
+    return grad.unflatten(2, (heads // grad.shape[0], -1)).transpose(1, 2).flatten(0, 1)
+
+
 def slices(total: int, step: int) -> list[slice]:
     """0 to `total` in slices of `step`."""
     return [slice(i, min(i + step, total)) for i in range(0, total, step)]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ...geometry import Neighborhood
 from ..precision import without_autocast, working_dtype
-from .plan import Costs, Plan, plan_of
+from .plan import Costs, Plan, group_bias, plan_of
 
 # Logits of a chunk, which exist at a time: 4 MB in float32, so that a few of them stay in the cache.
 _CHUNK = 1 << 20
@@ -40,13 +40,6 @@ def _ungather(tiles: Tensor, plan: Plan, heads: int) -> Tensor:
     if plan.is_one_tile:
         return tiles.flatten(2, 3).contiguous()
     return tiles.index_select(1, plan.tensor("slot", device=tiles.device)).flatten(2, 3)
-
-
-def group_bias(bias: Tensor, kv_heads: int, heads: int) -> Tensor:
-    """(heads or 1, tiles, slots, keys) to (kv_heads or 1, tiles, group * slots, keys), the layout of the logits."""
-    if bias.shape[0] == 1:
-        return bias.repeat(1, 1, heads // kv_heads, 1)
-    return bias.unflatten(0, (kv_heads, heads // kv_heads)).transpose(1, 2).flatten(2, 3)
 
 
 def _logits(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
