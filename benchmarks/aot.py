@@ -86,11 +86,12 @@ def make_plan(kernel: str, arch: str, heads: int, lengths: tuple, window: dict, 
     """The plan of a problem whose q, k, v are views of one packed projection, and so are their gradients."""
     neighborhood = make_neighborhood(len(lengths), **window)
     packed = torch.empty(BATCH, *lengths, 3, heads, dim, dtype=dtype, device="meta").unbind(-3)[0]
-    backward = kernel != "forward"
-    layouts = tuple((x.shape, x.stride()) for x in [*[packed] * 3, *[packed.contiguous()] * backward])
-    rows = (packed.stride(-3),) * 3 * backward
+    layouts, grad_rows = [packed] * 3, ()
+    if kernel != "forward":
+        layouts, grad_rows = [*layouts, packed.contiguous()], (packed.stride(-3),) * 3
+    layouts = tuple((x.shape, x.stride()) for x in layouts)
     with_bias = not any(neighborhood.is_causal)
-    return launch.make_plan(kernel, layouts, dtype, arch, neighborhood, with_bias, 1, "ieee", rows)
+    return launch.make_plan(kernel, layouts, dtype, arch, neighborhood, with_bias, 1, "ieee", grad_rows)
 
 
 def plans_of(arch: str, case: tuple) -> Callable[[str], launch.Plan]:

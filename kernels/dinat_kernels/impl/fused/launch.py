@@ -127,7 +127,7 @@ def make_plan(
         sign: of the scale, -1, 0 or 1.
         precision: of float32 products, "ieee" or "tf32".
         grad_rows: in the backward pass, elements from one token to the next in the gradients of query, key and value.
-        has_dlse: whether lse has a gradient.
+        has_dlse: whether lse has a gradient; only the query kernel reads it.
     """
     batch, *spatial, heads, head_dim = layouts[0][0]
     kv_heads, value_dim = layouts[2][0][-2:]
@@ -308,7 +308,7 @@ def attention_backward(
     plan = _plan("query", *problem, has_dlse)
     grad_rpb = run_query_kernel(plan)
     if rpb is not None and grad_rpb is None:
-        grad_rpb = run_query_kernel(_plan("rpb", *problem, has_dlse))
+        grad_rpb = run_query_kernel(_plan("rpb", *problem))
     if not plan.constants["WHOLE"]:
         _launch(_plan("key", *problem), (*inputs, lse, delta, *grads[1:]), scale)
     return grad_rpb
