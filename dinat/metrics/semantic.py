@@ -1,0 +1,77 @@
+"""Mean intersection over union, from the confusion matrix of all pixels (not a mean over images)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinat.metrics import ALONE, Processes
+
+IGNORED = 255  # of target maps
+
+
+class SemanticMetric:
+    """mIoU as in mmsegmentation and detectron2: over the classes that occur in the targets or in the predictions.
+
+    Args:
+        classes: names, in the order of the labels.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = list(classes)
+        self.confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+
+    def update(self, predictions: Sequence[dict[str, Any]], targets: Sequence[dict[str, Any]]) -> None:
+        """Counts `semantic` maps (H, W) of labels; 255 in a target counts nowhere.
+
+        Raises:
+            ValueError: for maps of different sizes.
+        """
+        count = len(self.classes)
+        for prediction, target in zip(predictions, targets, strict=True):
+            predicted, wanted = (
+                prediction["semantic"].long(),
+                target["semantic"].to(prediction["semantic"].device).long(),
+            )
+            if predicted.shape != wanted.shape:
+                raise ValueError(f"a prediction of {[*predicted.shape]} pixels for a target of {[*wanted.shape]}")
+            pairs = (wanted * count + predicted)[wanted != IGNORED]
+            self.confusion += torch.bincount(pairs, minlength=count**2).view(count, count).cpu()
+
+    def compute(self, world: Processes = ALONE) -> dict[str, float]:
+        """`miou`, and the accuracies over pixels (`pixel_accuracy`) and over classes (`class_accuracy`)."""
+        confusion = self._confusion(world)
+        return {
+            "miou": _percent(_iou(confusion).nanmean()),
+            "pixel_accuracy": _percent(confusion.diagonal().sum() / confusion.sum()),
+            "class_accuracy": _percent(_recall(confusion).nanmean()),
+        }
+
+    def per_class(self, world: Processes = ALONE) -> list[dict[str, Any]]:
+        """A row per class: IoU, accuracy (nan for a class that does not occur), pixels in the targets."""
+        confusion = self._confusion(world)
+        columns = zip(self.classes, _iou(confusion), _recall(confusion), confusion.sum(1).tolist(), strict=True)
+        return [
+            {"class": name, "iou": _percent(iou), "accuracy": _percent(recall), "pixels": int(pixels)}
+            for name, iou, recall, pixels in columns
+        ]
+
+    def _confusion(self, world: Processes) -> Tensor:
+        """(K, K) float64: pixels of class i that were predicted as class j."""
+        return torch.stack(world.gather(self.confusion)).sum(0).double()
+
+
+def _iou(confusion: Tensor) -> Tensor:
+    hits = confusion.diagonal()
+    return hits / (confusion.sum(0) + confusion.sum(1) - hits)
+
+
+def _recall(confusion: Tensor) -> Tensor:
+    return confusion.diagonal() / confusion.sum(1)
+
+
+def _percent(value: Tensor) -> float:
+    return 100 * float(value)
