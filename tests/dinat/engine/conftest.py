@@ -218,13 +218,16 @@ class Observed:
             self.forward.append((module.training, images[0].detach().clone(), logits.detach()))
 
     def before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self.model is None:  # torch's way to make an optimizer's state, before a resumed run restores it
+            return
         named = dict(self.model.named_parameters())
         self.lr.append([group["lr"] for group in optimizer.param_groups])
         self.before.append({name: parameter.detach().clone() for name, parameter in named.items()})
         self.gradients.append({name: parameter.grad.clone() for name, parameter in named.items()})
 
     def after_step(self, *_: object) -> None:
-        self.after.append({name: parameter.detach().clone() for name, parameter in self.model.named_parameters()})
+        if self.model is not None:
+            self.after.append({name: parameter.detach().clone() for name, parameter in self.model.named_parameters()})
 
 
 @pytest.fixture
