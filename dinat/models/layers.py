@@ -1,6 +1,7 @@
 """What the families share: the transformer block, the dilation policies, the change of a window."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -92,6 +93,18 @@ class NATBlock(nn.Module):
         if self.drop_path2 is not None:
             y = self.drop_path2(y)
         return x + y
+
+
+def to_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """A length or (height, width) as (height, width). Raises ValueError, naming the argument, unless both are >= 1."""
+    try:
+        pair = (value, value) if isinstance(value, str) or not isinstance(value, Sequence) else value
+        height, width = map(operator.index, pair)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
+        raise ValueError(f"{name} must be a positive int or two of them, (height, width), got {value!r}")
+    return height, width
 
 
 def init_weights(module: nn.Module, name: str = "") -> None:

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_act_layer, to_2tuple, to_ntuple
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_act_layer
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -29,7 +29,7 @@ from torch import nn
 from dinat import checkpoints
 from dinat.errors import CheckpointError
 
-from .layers import GELU, Dilations, NATBlock, init_weights, resize_window, resolve_dilations
+from .layers import GELU, Dilations, NATBlock, init_weights, resize_window, resolve_dilations, to_pair
 
 try:
     from timm.models._input import update_model_input_size
@@ -131,7 +131,7 @@ class NAT(nn.Module):
         backend: attention backend, see `dinat_kernels.na2d`.
 
     Raises:
-        ValueError: an impossible `output_stride`, or `dilations` that do not fit `depths`.
+        ValueError: an impossible `output_stride`, `img_size` or `kernel_size`, or `dilations` that do not fit `depths`.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class NAT(nn.Module):
             dict(num_chs=dim, reduction=stem_stride * g, module=f"levels.{i}")
             for i, (dim, g) in enumerate(zip(dims, growth, strict=True))
         ]
-        self.img_size = to_2tuple(img_size)
+        self.img_size = to_pair("img_size", img_size)
         self.full_attention = kernel_size is None
         self.dilation_policy = dilations
         kernel_sizes = self._kernel_sizes(kernel_size)
@@ -237,11 +237,13 @@ class NAT(nn.Module):
         """(height, width) of each level's window, in tokens."""
         if self.full_attention:
             return self._feature_sizes()
-        if isinstance(kernel_size, Sequence) and len(kernel_size) != len(self.feature_info):
+        if not isinstance(kernel_size, Sequence) or isinstance(kernel_size, str):
+            kernel_size = [kernel_size] * len(self.feature_info)
+        if len(kernel_size) != len(self.feature_info):
             raise ValueError(
                 f"kernel_size must be one int or one per level, {len(self.feature_info)}, got {kernel_size}"
             )
-        return [to_2tuple(k) for k in to_ntuple(len(self.feature_info))(kernel_size)]
+        return [to_pair("kernel_size", window) for window in kernel_size]
 
     def _dilations(self, depths: Sequence[int], kernel_sizes: Sequence[tuple[int, int]]) -> list[list]:
         """The dilation of every block, one list per level."""
@@ -271,10 +273,10 @@ class NAT(nn.Module):
                 explicit list of construction is kept.
 
         Raises:
-            ValueError: `kernel_size` or `dilations` do not fit the model, which is then left as it was.
+            ValueError: `img_size`, `kernel_size` or `dilations` do not fit the model, which is then left as it was.
         """
         before = self.img_size, self.dilation_policy
-        self.img_size = self.img_size if img_size is None else to_2tuple(img_size)
+        self.img_size = self.img_size if img_size is None else to_pair("img_size", img_size)
         self.dilation_policy = self.dilation_policy if dilations is None else dilations
         try:
             current = [tuple(level.blocks[0].attn.kernel_size) for level in self.levels]
@@ -385,8 +387,8 @@ class NAT(nn.Module):
         prune_end = max_index < len(self.levels) - 1
         if prune_norm or prune_end:
             self.norm = nn.Identity()
-        if self.stage_norm:
-            for i in range(max_index + 1, len(self.levels)):
+        for i in range(len(self.levels)):
+            if i not in take_indices and hasattr(self, f"norm{i}"):  # a norm without gradient would stop DDP
                 delattr(self, f"norm{i}")
         self.levels = self.levels[: max_index + 1]
         self.feature_info = self.feature_info[: max_index + 1]

@@ -1,5 +1,6 @@
 """The models against the published ones: golden outputs, parameter counts, checkpoint keys, dilations, MACs."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -138,6 +139,16 @@ def test_set_input_size_recomputes_dilations_and_forward_does_not():
     assert model.img_size == (96, 96)
 
 
+@pytest.mark.parametrize("value", [0, -7, "7", 7.0, (7, 0), (7, 7, 7)])
+@pytest.mark.parametrize("name", ["img_size", "kernel_size"])
+def test_impossible_sizes_are_named(name, value):
+    argument = [value] * 3 if name == "kernel_size" and isinstance(value, tuple) else value  # one for each level
+    with pytest.raises(
+        ValueError, match=rf"{name} must be a positive int or two of them, .* got {re.escape(repr(value))}"
+    ):
+        timm.create_model("dinat_pico", device="meta", **{name: argument})
+
+
 def test_a_refused_input_size_changes_nothing():
     model = timm.create_model("dinat_pico", device="meta")
     before = model.img_size, model.dilations
@@ -227,6 +238,18 @@ def test_stage_norm():
         torch.testing.assert_close(
             out, torch.nn.functional.layer_norm(raw.movedim(1, -1), raw.shape[1:2]).movedim(-1, 1)
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("dinat_pico", dict(out_indices=(0, 2))), ("dinat_pico", dict(out_indices=(1,))), ("nat_isotropic_small", {})],
+)
+def test_every_stage_norm_that_is_kept_gets_a_gradient(name, options):
+    """A parameter without one stops DistributedDataParallel."""
+    model = timm.create_model(name, features_only=True, stage_norm=True, **options)
+    sum(feature.sum() for feature in model(torch.randn(1, 3, 32, 32))).backward()
+    assert [key for key, parameter in model.named_parameters() if parameter.grad is None] == []
+    model.model.prune_intermediate_layers(model.feature_info.out_indices)  # nothing more to remove
 
 
 def test_stage_norm_with_published_weights_and_other_extractors(published_weights, tmp_path):
