@@ -22,7 +22,9 @@ def coco_eval() -> ModuleType:
     try:
         return importlib.import_module("faster_coco_eval")
     except ImportError as error:
-        raise UserError("COCO masks and metrics need faster-coco-eval: pip install 'dinat[dense]'.") from error
+        raise UserError(
+            'COCO masks and metrics need faster-coco-eval, not installed here: pip install "dinat[dense]".'
+        ) from error
 
 
 def encode(masks: Tensor) -> list[dict[str, Any]]:

@@ -1,0 +1,459 @@
+"""COCO annotation files: objects (boxes, instance masks), and panoptic segments as PNG + JSON.
+
+Everything that a JSON file can tell is checked when a data set is opened; the rest, when an image is read. What is
+wrong and what is mended is decided here alone:
+
+* The file itself (not there, not JSON, a part missing; an id that two images, annotations or categories share; a
+  category without a name; other classes than in training) is always refused.
+* An annotation that means nothing (of an unknown image or category; a box without area or outside of the image; a
+  polygon of fewer than three points; a mask of another size, or none where others have one) and an image without its
+  file are refused, or under `on_bad="skip"` left out and said.
+* A box that reaches over the image's edge is clamped, and said.
+* What only the pixels tell (a file of another size than stated, a mask that cannot be decoded, segments that do not
+  agree with their PNG) is a ValueError when the image is read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from dinat import rle
+from dinat.data.folders import existing_root, first_existing, read_image, split_names
+from dinat.errors import UserError
+
+log = logging.getLogger("dinat")
+
+SHOWN = 5  # of many problems of a kind
+ROBOFLOW = "_annotations.coco.json"
+
+Record = dict[str, Any]
+Target = dict[str, Any]
+
+
+class Problem(NamedTuple):
+    """Something wrong with an image or annotation: where, and what."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class CocoFile(Dataset):
+    """What objects and panoptic segments have in common: a JSON file with images and categories, a folder of images.
+
+    Args:
+        root: the folder that holds everything.
+        split: "train" or "validation", or one of their usual synonyms.
+        annotations, images: where the JSON file and the images are, below `root`, where the layout is another.
+        classes: of the training data; the file must have the same, and labels follow their order.
+        keep_empty: whether images without objects (crowds do not count) stay in.
+        on_bad: "fail" or "skip", of images and annotations that cannot be used.
+
+    Attributes:
+        classes: names in the order of the labels.
+        category_ids: the file's id of each class.
+
+    Raises:
+        UserError: as the module says.
+    """
+
+    prefix: str  # of the file's name in COCO's layout
+
+    def __init__(
+        self, root: str | Path, split: str, *, annotations: str | None = None, images: str | None = None,
+        classes: Sequence[str] | None = None, keep_empty: bool = True, on_bad: str = "fail",
+    ) -> None:  # fmt: skip
+        self.root, self.split = existing_root(root), split
+        self.file = self._annotation_file(annotations)
+        self.folder = self._image_folder(images)
+        content = read_json(self.file)
+        self.categories = _categories(self.file, content["categories"], classes)
+        self.classes = [category["name"] for category in self.categories]
+        self.category_ids = [category["id"] for category in self.categories]
+        self.labels = {number: label for label, number in enumerate(self.category_ids)}
+        found = {image["id"]: image for image in content["images"]}
+        self.problems: list[Problem] = []
+        per_image = self._annotations(content["annotations"], found)
+        self._refuse_or_say(on_bad)
+        self.images = [image for number, image in found.items() if number in per_image]
+        self.annotations = [per_image[image["id"]] for image in self.images]
+        if not keep_empty:
+            self._drop_empty()
+        if not self.images:
+            raise UserError(f"{self.file}: no image is left to use.")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[tv_tensors.Image, Target]:
+        image = read_image(self.folder / self.images[index]["file_name"])
+        stated, size = (self.images[index]["height"], self.images[index]["width"]), tuple(image.shape[-2:])
+        if stated != size:
+            raise ValueError(f"{self._where(self.images[index])}: has {_size(size)} pixels, stated are {_size(stated)}")
+        return image, {**self._target(index), "image_id": self.images[index]["id"]}
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        """The file of an image, below the folder of images or from the root of the file system."""
+        name = self.images[index]["file_name"]
+        return str(self.folder / name) if absolute else name
+
+    def _annotations(self, annotations: Iterable[Record], images: dict[int, Record]) -> dict[int, Any]:
+        """image id -> what is to be kept of its annotations, for images to use; what is wrong to `self.problems`."""
+        raise NotImplementedError
+
+    def _target(self, index: int) -> Target:
+        raise NotImplementedError
+
+    def _annotation_file(self, name: str | None) -> Path:
+        if name is not None:
+            return first_existing([self.root / name], "annotation file")
+        folder = self.root / "annotations"
+        for split in split_names(self.split):
+            if (roboflow := self.root / split / ROBOFLOW).exists() and self.prefix == CocoObjects.prefix:
+                return roboflow
+            for pattern in (f"{self.prefix}{split}*.json", f"{split}.json"):
+                if len(found := sorted(folder.glob(pattern))) > 1:
+                    names = ", ".join(path.name for path in found)
+                    raise UserError(f"{folder} has several annotation files for {split}: {names}. Name the one to use.")
+                if found:
+                    return found[0]
+        splits = ", ".join(split_names(self.split))
+        places = f"{folder}/{self.prefix}SPLIT*.json, {folder}/SPLIT.json, {self.root}/SPLIT/{ROBOFLOW}"
+        raise UserError(f"{self.split}: no annotation file. Looked for {places} with SPLIT = {splits}.")
+
+    def _image_folder(self, name: str | None) -> Path:
+        if name is not None:
+            return first_existing([self.root / name], "folder of images")
+        if self.file.name == ROBOFLOW:
+            return self.file.parent
+        splits = (self.file.stem.removeprefix(self.prefix), *split_names(self.split))
+        places = (place for split in splits for place in (self.root / split, self.root / "images" / split))
+        return first_existing(places, f"folder of images for {self.file}")
+
+    def _where(self, image: Record, annotation: Any = None) -> str:
+        """The place of a problem: file, image, annotation."""
+        where = f"{self.file}: image {image['file_name']} (id {image['id']})"
+        return where if annotation is None else f"{where}, annotation {annotation}"
+
+    def _missing_files(self, images: Iterable[Record]) -> set[int]:
+        """Ids of images without a file, noted as problems; says how many files no image names."""
+        listing = cache(lambda folder: set(os.listdir(folder)) if folder.is_dir() else set())
+        missing, used = set(), Counter()
+        for image in images:
+            path = self.folder / image["file_name"]
+            if path.name in listing(path.parent):
+                used[path.parent] += 1
+            else:
+                missing.add(image["id"])
+                self.problems.append(Problem(self._where(image), f"there is no file {path}"))
+        for folder, count in used.items():
+            files = [name for name in listing(folder) if Path(name).suffix.lower() in Image.registered_extensions()]
+            if len(files) > count:
+                log.info("%s: %d images are not in %s", folder, len(files) - count, self.file)
+        return missing
+
+    def _refuse_or_say(self, on_bad: str) -> None:
+        if not self.problems:
+            return
+        shown = "\n".join(map(str, self.problems[:SHOWN]))
+        if len(self.problems) > SHOWN:
+            shown += f"\n... and {len(self.problems) - SHOWN} more"
+        if on_bad != "skip":
+            raise UserError(f"{shown}\nRepair the file, or leave these out with data.on_bad_annotation=skip.")
+        log.warning("left out, %d in all:\n%s", len(self.problems), shown)
+
+    def _drop_empty(self) -> None:
+        full = [not all(one["iscrowd"] for one in annotations) for annotations in self.annotations]
+        if count := full.count(False):
+            log.info("%s: %d images without objects are left out", self.file, count)
+        self.images = [image for image, keep in zip(self.images, full, strict=True) if keep]
+        self.annotations = [annotations for annotations, keep in zip(self.annotations, full, strict=True) if keep]
+
+
+class CocoObjects(CocoFile):
+    """Objects with boxes and, where the file has segmentations, instance masks; items are `(image, target)`.
+
+    Read are `ROOT/SPLIT/_annotations.coco.json` beside its images (Roboflow's layout) and
+    `ROOT/annotations/instances_SPLIT*.json` with images in `ROOT/SPLIT*` or `ROOT/images/SPLIT*` (COCO's).
+
+    Args:
+        masks: whether to read masks; by default, whether the file has any.
+        others: as `CocoFile`.
+    """
+
+    prefix = "instances_"
+
+    def __init__(self, root: str | Path, split: str, *, masks: bool | None = None, **options: Any) -> None:
+        self.masks = masks
+        super().__init__(root, split, **options)
+
+    def _annotations(self, annotations: Iterable[Record], images: dict[int, Record]) -> dict[int, list[Record]]:
+        annotations = list(annotations)
+        _refuse_shared_ids(self.file, "annotations", annotations)
+        if self.masks is None:
+            self.masks = any(annotation.get("segmentation") for annotation in annotations)
+        missing = self._missing_files(images.values())
+        per_image: dict[int, list[Record]] = {number: [] for number in images if number not in missing}
+        clamped = []
+        for annotation in annotations:
+            image = images.get(annotation.get("image_id"))
+            if wrong := self._wrong(annotation, image):
+                where = self._where(image or {"file_name": "?", "id": annotation.get("image_id")}, annotation["id"])
+                self.problems.append(Problem(where, wrong))
+            elif image["id"] in per_image:
+                box, reached_over = _clamp(annotation["bbox"], image)
+                if reached_over:
+                    where = self._where(image, annotation["id"])
+                    clamped.append(Problem(where, f"box {annotation['bbox']} reaches over the edge"))
+                per_image[image["id"]].append({
+                    "box": box,
+                    "label": self.labels[annotation["category_id"]],
+                    "iscrowd": bool(annotation.get("iscrowd", 0)),
+                    "area": annotation.get("area"),
+                    "segmentation": annotation.get("segmentation") if self.masks else None,
+                    "id": annotation["id"],
+                })  # fmt: skip
+        if clamped:
+            log.warning("%d boxes are clamped to their image, the first: %s", len(clamped), clamped[0])
+        return per_image
+
+    def _wrong(self, annotation: Record, image: Record | None) -> str | None:
+        """What is wrong with an annotation, None if nothing is."""
+        if image is None:
+            return "there is no such image"
+        if annotation.get("category_id") not in self.labels:
+            return f"category_id {annotation.get('category_id')} has no name in categories"
+        box = annotation.get("bbox")
+        if not _numbers(box) or len(box) != 4:
+            return f"box {box} is not [left, top, width, height]"
+        left, top, width, height = box
+        if width <= 0 or height <= 0:
+            return f"box {box} has no area"
+        if left >= image["width"] or top >= image["height"] or left + width <= 0 or top + height <= 0:
+            return f"box {box} lies outside of the image of {image['width']} x {image['height']} pixels"
+        return _wrong_shape(annotation.get("segmentation"), image) if self.masks else None
+
+    def _target(self, index: int) -> Target:
+        image, objects = self.images[index], self.annotations[index]
+        size = (image["height"], image["width"])
+        boxes = torch.tensor([one["box"] for one in objects], dtype=torch.float32).reshape(-1, 4)
+        target: Target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "labels": torch.tensor([one["label"] for one in objects], dtype=torch.int64),
+            "iscrowd": torch.tensor([one["iscrowd"] for one in objects], dtype=torch.bool),
+        }
+        pixels = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        if self.masks:
+            masks = np.zeros((len(objects), *size), bool)
+            for row, one in zip(masks, objects, strict=True):
+                try:
+                    row[:] = rle.decode(one["segmentation"], *size)
+                except ValueError as error:
+                    raise ValueError(f"{self._where(image, one['id'])}: {error}") from error
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+            pixels = torch.from_numpy(masks.sum((1, 2)))
+        areas = [
+            one["area"] if one["area"] is not None else own for one, own in zip(objects, pixels.tolist(), strict=True)
+        ]
+        return {**target, "area": torch.tensor(areas, dtype=torch.float32)}
+
+
+class CocoPanoptic(CocoFile):
+    """Panoptic segments; items are `(image, target)` with masks and labels of all segments, and the map of their ids.
+
+    Read are `ROOT/annotations/panoptic_SPLIT*.json` with its PNG files in the folder of the same name (there or in
+    `ROOT`) and images as for objects. A PNG's colours are ids, red + 256 green + 65536 blue; 0 is void.
+
+    Args:
+        segments: the folder of PNG files below `root`, where it is another.
+        others: as `CocoFile`.
+
+    Attributes:
+        things: which of the classes are things, by `isthing` of the categories.
+    """
+
+    prefix = "panoptic_"
+
+    def __init__(self, root: str | Path, split: str, *, segments: str | None = None, **options: Any) -> None:
+        self.segments = segments
+        super().__init__(root, split, **options)
+        for category in self.categories:
+            if category.get("isthing") not in (0, 1):
+                raise UserError(f"{self.file}: category {category['name']} does not say isthing, 0 or 1.")
+        self.things = [bool(category["isthing"]) for category in self.categories]
+
+    def _annotations(self, annotations: Iterable[Record], images: dict[int, Record]) -> dict[int, list[Record]]:
+        annotations = list(annotations)
+        own = self.root / self.segments if self.segments else self.file.with_suffix("")
+        self.png_folder = first_existing([own, self.root / own.name], f"folder of PNG files for {self.file}")
+        _refuse_shared_ids(self.file, "annotations", annotations, "image_id")
+        missing, files = self._missing_files(images.values()), set(os.listdir(self.png_folder))
+        per_image: dict[int, list[Record]] = {}
+        for annotation in annotations:
+            image = images.get(annotation["image_id"])
+            if wrong := self._wrong(annotation, image, files):
+                where = self._where(image or {"file_name": "?", "id": annotation["image_id"]})
+                self.problems.append(Problem(where, wrong))
+            elif image["id"] not in missing:
+                image["png"] = annotation["file_name"]
+                per_image[image["id"]] = [
+                    {
+                        "id": segment["id"],
+                        "label": self.labels[segment["category_id"]],
+                        "iscrowd": bool(segment.get("iscrowd", 0)),
+                    }
+                    for segment in annotation["segments_info"]
+                ]
+        for number in images.keys() - {annotation["image_id"] for annotation in annotations}:
+            self.problems.append(Problem(self._where(images[number]), "has no annotation"))
+        return per_image
+
+    def _wrong(self, annotation: Record, image: Record | None, files: set[str]) -> str | None:
+        if image is None:
+            return "there is no such image"
+        segments = annotation.get("segments_info")
+        if not isinstance(segments, list) or not all(
+            isinstance(one, dict) and isinstance(one.get("id"), int) for one in segments
+        ):
+            return "its segments_info is not a list of segments with ids"
+        if annotation.get("file_name") not in files:
+            return f"there is no file {self.png_folder / str(annotation.get('file_name'))}"
+        numbers = Counter(segment["id"] for segment in segments)
+        if shared := [number for number, count in numbers.items() if count > 1]:
+            return f"several segments have the id {shared[0]}"
+        for segment in segments:
+            if not 0 < segment["id"] < 256**3:
+                return f"segment {segment['id']}: ids are from 1 to {256**3 - 1}"
+            if segment.get("category_id") not in self.labels:
+                return f"segment {segment['id']}: category_id {segment.get('category_id')} has no name in categories"
+        return None
+
+    def _target(self, index: int) -> Target:
+        image, segments = self.images[index], self.annotations[index]
+        path = self.png_folder / image["png"]
+        ids = read_ids(path)
+        if ids.shape != (image["height"], image["width"]):
+            stated = _size((image["height"], image["width"]))
+            raise ValueError(f"{self._where(image)}: {path} has {_size(ids.shape)} pixels, the image {stated}")
+        numbers = np.array([segment["id"] for segment in segments], np.int64)
+        if len(unknown := np.setdiff1d(ids, [0, *numbers])):
+            raise ValueError(f"{self._where(image)}: {path} has the id {unknown[0]}, which no segment has")
+        if len(absent := np.setdiff1d(numbers, ids)):
+            raise ValueError(f"{self._where(image)}: segment {absent[0]} has no pixel in {path}")
+        return {
+            "masks": tv_tensors.Mask(torch.from_numpy(ids == numbers[:, None, None])),
+            "labels": torch.tensor([segment["label"] for segment in segments], dtype=torch.int64),
+            "iscrowd": torch.tensor([segment["iscrowd"] for segment in segments], dtype=torch.bool),
+            "panoptic": tv_tensors.Mask(torch.from_numpy(ids)),
+            "segment_ids": torch.from_numpy(numbers),
+        }
+
+
+def read_json(path: Path) -> dict[str, list[Record]]:
+    """A COCO file with its lists of images, annotations and categories.
+
+    Raises:
+        UserError: where it is missing or damaged, or ids are shared.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except ValueError as error:  # no JSON, or no text at all
+        raise UserError(f"{path}: not JSON, perhaps cut off: {error}") from error
+    for key in ("images", "annotations", "categories"):
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f"{path}: no list '{key}', so not a COCO annotation file.")
+    for image in content["images"]:
+        sides = [image.get("height"), image.get("width")]
+        if not isinstance(image.get("file_name"), str) or not all(isinstance(side, int) and side > 0 for side in sides):
+            raise UserError(f"{path}: image {image.get('id')}: file_name, height and width are needed; it has {image}.")
+    for key in ("images", "categories"):
+        _refuse_shared_ids(path, key, content[key])
+    return content
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """The segment ids of a COCO panoptic PNG, int32 (H, W)."""
+    with Image.open(path) as image:
+        if image.mode not in ("RGB", "RGBA"):
+            raise ValueError(f"{path}: segment ids are colours; this image has mode {image.mode}")
+        colours = np.array(image.convert("RGB"), np.int32)
+    return colours @ np.array([1, 256, 256**2], np.int32)
+
+
+def _categories(path: Path, categories: list[Record], classes: Sequence[str] | None) -> list[Record]:
+    """The categories in the order of the labels: of `classes`, else of their ids."""
+    for category in categories:
+        if not isinstance(category.get("name"), str) or not category["name"]:
+            raise UserError(f"{path}: category {category['id']} has no name.")
+    names = Counter(category["name"] for category in categories)
+    if shared := [name for name, count in names.items() if count > 1]:
+        raise UserError(f"{path}: several categories are named {shared[0]}.")
+    if classes is None:
+        return sorted(categories, key=lambda category: category["id"])
+    if names.keys() != set(classes):
+        unknown, absent = sorted(names.keys() - set(classes)), sorted(set(classes) - names.keys())
+        raise UserError(f"{path}: other classes than in training; only here: {unknown}, only there: {absent}.")
+    return sorted(categories, key=lambda category: classes.index(category["name"]))
+
+
+def _refuse_shared_ids(path: Path, kind: str, entries: Iterable[Record], key: str = "id") -> None:
+    numbers = Counter(entry.get(key) for entry in entries)
+    for number, count in numbers.items():
+        if not isinstance(number, int):
+            raise UserError(f"{path}: {kind}: {key} {number} is not an integer.")
+        if count > 1:
+            raise UserError(f"{path}: {count} {kind} have the {key} {number}.")
+
+
+def _wrong_shape(segmentation: Any, image: Record) -> str | None:
+    """What is wrong with a segmentation, as far as it is seen without decoding it."""
+    if not segmentation:
+        return "has no segmentation, where others have one"
+    if isinstance(segmentation, dict):
+        if "counts" not in segmentation or not _numbers(segmentation.get("size")) or len(segmentation["size"]) != 2:
+            return "its segmentation is neither polygons nor a run-length encoding with size and counts"
+        height, width = segmentation["size"]
+        if (height, width) != (image["height"], image["width"]):
+            return f"its mask has {_size((height, width))} pixels, the image {_size((image['height'], image['width']))}"
+        return None
+    for polygon in segmentation:
+        if not _numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
+            return f"polygon {polygon} has fewer than three points [x, y, x, y, ...]"
+    return None
+
+
+def _clamp(box: Sequence[float], image: Record) -> tuple[list[float], bool]:
+    """[left, top, width, height] -> [left, top, right, bottom] in the image, and whether that took anything away."""
+    left, top, width, height = box
+    corners = [left, top, left + width, top + height]
+    limits = [image["width"], image["height"]] * 2
+    inside = [min(max(corner, 0.0), limit) for corner, limit in zip(corners, limits, strict=True)]
+    return inside, any(abs(one - other) > 0.01 for one, other in zip(corners, inside, strict=True))
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+
+
+def _size(size: Sequence[int]) -> str:
+    height, width = size
+    return f"{width} x {height}"

@@ -1,0 +1,52 @@
+"""Where the files of one's own data lie, and how their images are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from dinat.data.sources import SYNONYMS
+from dinat.errors import UserError
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """The name of a split and its usual synonyms, the best first."""
+    return (split, *SYNONYMS.get(split, ()))
+
+
+def first_existing(candidates: Iterable[Path], what: str) -> Path:
+    """The first of the files or folders that exists.
+
+    Raises:
+        UserError: where none does; it lists where was looked.
+    """
+    candidates = list(dict.fromkeys(candidates))
+    for path in candidates:
+        if path.exists():
+            return path
+    raise UserError(f"{what}: not found. Looked for {', '.join(map(str, candidates))}.")
+
+
+def existing_root(root: str | Path | None) -> Path:
+    """`data.root` as a path.
+
+    Raises:
+        UserError: where it is not set or no folder.
+    """
+    if root is None:
+        raise UserError("data.root is not set. Set it to the folder that holds the data.")
+    if not Path(root).is_dir():
+        raise UserError(f"data.root={root}: no such folder.")
+    return Path(root)
+
+
+def read_image(path: Path) -> tv_tensors.Image:
+    """An image file as uint8 (3, H, W)."""
+    with Image.open(path) as image:
+        pixels = np.array(image.convert("RGB"))
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
