@@ -202,6 +202,7 @@ BAD = {
     "outside": (
         change(0, bbox=[14, 3, 2, 5]), FIRST + r"box \[14, 3, 2, 5\] lies outside of the image of 14 x 10 pixels",
     ),
+    "outside to the left": (change(0, bbox=[-2, 3, 2, 5]), FIRST + r"box \[-2, 3, 2, 5\] lies outside of the image"),
     "two points": (
         change(0, segmentation=[[2, 3, 6, 3]]), FIRST + r"polygon \[2, 3, 6, 3\] has fewer than three points",
     ),

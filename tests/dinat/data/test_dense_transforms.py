@@ -87,6 +87,21 @@ def test_a_crop_removes_what_it_empties_and_clamps_the_rest():
     assert {(), (3,)} <= seen
 
 
+def test_objects_need_pixels_and_a_box_to_stay():
+    image, target = sample()
+    corners = torch.tensor([[1.0, 2, 5, 8], [5, 2, 5.5, 8], [1, 2, 4, 8]])
+    target |= {
+        "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(12, 20)),
+        "masks": tv_tensors.Mask(torch.stack([target["masks"][0], target["masks"][0], torch.zeros(12, 20)]).bool()),
+        **{key: torch.arange(3) for key in ("labels", "iscrowd", "segment_ids", "area")},
+    }
+    transform = dense_train_transform([{"flip": {"p": 0.0}}])
+    assert transform(image, target)[1]["labels"].tolist() == [0]  # the second is half a pixel wide, the third has none
+    del target["masks"]
+    assert transform(image, target)[1]["labels"].tolist() == [0, 2]
+    assert transform(image, target)[1]["area"].tolist() == [24, 18]
+
+
 def test_a_flip_mirrors_everything():
     image, target = dense_train_transform([{"flip": {"p": 1.0}}])(*sample())
     assert image[0, 0].tolist() == [*range(190, -1, -10)]
