@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import pickle
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -52,6 +53,24 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}"
+
+
+class Packed:
+    """A list of plain objects as one array of bytes.
+
+    Loader processes share it: reading an object of a list counts its references, which copies its page of memory.
+    """
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        pickled = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
+        self.ends = np.cumsum([0, *map(len, pickled)])
+        self.bytes = np.frombuffer(b"".join(pickled), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        return pickle.loads(self.bytes[self.ends[index] : self.ends[index + 1]])
 
 
 class CocoFile(Dataset):
@@ -91,33 +110,36 @@ class CocoFile(Dataset):
         self.problems: list[Problem] = []
         per_image = self._annotations(content["annotations"], found)
         self._refuse_or_say(on_bad)
-        self.images = [image for number, image in found.items() if number in per_image]
-        self.annotations = [per_image[image["id"]] for image in self.images]
+        records = [(image, per_image[number]) for number, image in found.items() if number in per_image]
         if not keep_empty:
-            self._drop_empty()
-        if not self.images:
+            full = [record for record in records if not all(one["iscrowd"] for one in record[1])]
+            log.info("%s: %d images without objects are left out", self.file, len(records) - len(full))
+            records = full
+        if not records:
             raise UserError(f"{self.file}: no image is left to use.")
+        self.records = Packed(records)  # (image, its annotations)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, Target]:
-        image = read_image(self.folder / self.images[index]["file_name"])
-        stated, size = (self.images[index]["height"], self.images[index]["width"]), tuple(image.shape[-2:])
+        image, annotations = self.records[index]
+        pixels = read_image(self.folder / image["file_name"])
+        stated, size = (image["height"], image["width"]), tuple(pixels.shape[-2:])
         if stated != size:
-            raise ValueError(f"{self._where(self.images[index])}: has {_size(size)} pixels, stated are {_size(stated)}")
-        return image, {**self._target(index), "image_id": self.images[index]["id"]}
+            raise ValueError(f"{self._where(image)}: has {_size(size)} pixels, stated are {_size(stated)}")
+        return pixels, {**self._target(image, annotations), "image_id": image["id"]}
 
     def filename(self, index: int, absolute: bool = False) -> str:
         """The file of an image, below the folder of images or from the root of the file system."""
-        name = self.images[index]["file_name"]
+        name = self.records[index][0]["file_name"]
         return str(self.folder / name) if absolute else name
 
     def _annotations(self, annotations: Iterable[Record], images: dict[int, Record]) -> dict[int, Any]:
         """image id -> what is to be kept of its annotations, for images to use; what is wrong to `self.problems`."""
         raise NotImplementedError
 
-    def _target(self, index: int) -> Target:
+    def _target(self, image: Record, annotations: list[Record]) -> Target:
         raise NotImplementedError
 
     def _annotation_file(self, name: str | None) -> Path:
@@ -177,13 +199,6 @@ class CocoFile(Dataset):
         if on_bad != "skip":
             raise UserError(f"{shown}\nRepair the file, or leave these out with data.on_bad_annotation=skip.")
         log.warning("left out, %d in all:\n%s", len(self.problems), shown)
-
-    def _drop_empty(self) -> None:
-        full = [not all(one["iscrowd"] for one in annotations) for annotations in self.annotations]
-        if count := full.count(False):
-            log.info("%s: %d images without objects are left out", self.file, count)
-        self.images = [image for image, keep in zip(self.images, full, strict=True) if keep]
-        self.annotations = [annotations for annotations, keep in zip(self.annotations, full, strict=True) if keep]
 
 
 class CocoObjects(CocoFile):
@@ -249,19 +264,18 @@ class CocoObjects(CocoFile):
             return f"box {box} lies outside of the image of {image['width']} x {image['height']} pixels"
         return _wrong_shape(annotation.get("segmentation"), image) if self.masks else None
 
-    def _target(self, index: int) -> Target:
-        image, objects = self.images[index], self.annotations[index]
+    def _target(self, image: Record, annotations: list[Record]) -> Target:
         size = (image["height"], image["width"])
-        boxes = torch.tensor([one["box"] for one in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes = torch.tensor([one["box"] for one in annotations], dtype=torch.float32).reshape(-1, 4)
         target: Target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-            "labels": torch.tensor([one["label"] for one in objects], dtype=torch.int64),
-            "iscrowd": torch.tensor([one["iscrowd"] for one in objects], dtype=torch.bool),
+            "labels": torch.tensor([one["label"] for one in annotations], dtype=torch.int64),
+            "iscrowd": torch.tensor([one["iscrowd"] for one in annotations], dtype=torch.bool),
         }
         pixels = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         if self.masks:
-            masks = np.zeros((len(objects), *size), bool)
-            for row, one in zip(masks, objects, strict=True):
+            masks = np.zeros((len(annotations), *size), bool)
+            for row, one in zip(masks, annotations, strict=True):
                 try:
                     row[:] = rle.decode(one["segmentation"], *size)
                 except ValueError as error:
@@ -269,7 +283,8 @@ class CocoObjects(CocoFile):
             target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
             pixels = torch.from_numpy(masks.sum((1, 2)))
         areas = [
-            one["area"] if one["area"] is not None else own for one, own in zip(objects, pixels.tolist(), strict=True)
+            one["area"] if one["area"] is not None else own
+            for one, own in zip(annotations, pixels.tolist(), strict=True)
         ]
         return {**target, "area": torch.tensor(areas, dtype=torch.float32)}
 
@@ -344,22 +359,21 @@ class CocoPanoptic(CocoFile):
                 return f"segment {segment['id']}: category_id {segment.get('category_id')} has no name in categories"
         return None
 
-    def _target(self, index: int) -> Target:
-        image, segments = self.images[index], self.annotations[index]
+    def _target(self, image: Record, annotations: list[Record]) -> Target:
         path = self.png_folder / image["png"]
         ids = read_ids(path)
         if ids.shape != (image["height"], image["width"]):
             stated = _size((image["height"], image["width"]))
             raise ValueError(f"{self._where(image)}: {path} has {_size(ids.shape)} pixels, the image {stated}")
-        numbers = np.array([segment["id"] for segment in segments], np.int64)
+        numbers = np.array([segment["id"] for segment in annotations], np.int64)
         if len(unknown := np.setdiff1d(ids, [0, *numbers])):
             raise ValueError(f"{self._where(image)}: {path} has the id {unknown[0]}, which no segment has")
         if len(absent := np.setdiff1d(numbers, ids)):
             raise ValueError(f"{self._where(image)}: segment {absent[0]} has no pixel in {path}")
         return {
             "masks": tv_tensors.Mask(torch.from_numpy(ids == numbers[:, None, None])),
-            "labels": torch.tensor([segment["label"] for segment in segments], dtype=torch.int64),
-            "iscrowd": torch.tensor([segment["iscrowd"] for segment in segments], dtype=torch.bool),
+            "labels": torch.tensor([segment["label"] for segment in annotations], dtype=torch.int64),
+            "iscrowd": torch.tensor([segment["iscrowd"] for segment in annotations], dtype=torch.bool),
             "panoptic": tv_tensors.Mask(torch.from_numpy(ids)),
             "segment_ids": torch.from_numpy(numbers),
         }
