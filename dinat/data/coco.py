@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
@@ -272,21 +273,23 @@ class CocoObjects(CocoFile):
             "labels": torch.tensor([one["label"] for one in annotations], dtype=torch.int64),
             "iscrowd": torch.tensor([one["iscrowd"] for one in annotations], dtype=torch.bool),
         }
-        pixels = (boxes[:, 2:] - boxes[:, :2]).prod(1)
         if self.masks:
-            masks = np.zeros((len(annotations), *size), bool)
-            for row, one in zip(masks, annotations, strict=True):
-                try:
-                    row[:] = rle.decode(one["segmentation"], *size)
-                except ValueError as error:
-                    raise ValueError(f"{self._where(image, one['id'])}: {error}") from error
-            target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
-            pixels = torch.from_numpy(masks.sum((1, 2)))
-        areas = [
-            one["area"] if one["area"] is not None else own
-            for one, own in zip(annotations, pixels.tolist(), strict=True)
-        ]
+            target["masks"] = tv_tensors.Mask(self._masks(image, annotations))
+        areas = [one["area"] for one in annotations]
+        if None in areas:
+            own = target["masks"].sum((1, 2)) if self.masks else (boxes[:, 2:] - boxes[:, :2]).prod(1)
+            areas = [own if area is None else area for area, own in zip(areas, own.tolist(), strict=True)]
         return {**target, "area": torch.tensor(areas, dtype=torch.float32)}
+
+    def _masks(self, image: Record, annotations: list[Record]) -> Tensor:
+        """The objects' masks, bool (N, height, width)."""
+        masks = np.zeros((len(annotations), image["height"], image["width"]), bool)
+        for mask, one in zip(masks, annotations, strict=True):
+            try:
+                mask[:] = rle.decode(one["segmentation"], *mask.shape)
+            except ValueError as error:
+                raise ValueError(f"{self._where(image, one['id'])}: {error}") from error
+        return torch.from_numpy(masks)
 
 
 class CocoPanoptic(CocoFile):
