@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinat import engine
 from dinat.errors import UserError, nearest
+from dinat.tasks import find_task
 
 USER_ERROR = 2  # exit status
 RANK = int(os.environ.get("RANK", 0))  # of this process, where torchrun started it
@@ -54,17 +55,17 @@ def fail(message: str) -> NoReturn:
 
 @plainly()
 def train_job(cfg: DictConfig) -> float:
-    """Hydra's job for training: the returned top-1 (%) is what a sweeper maximises."""
+    """Hydra's job for training: the returned figure (%) is what a sweeper maximises."""
     return engine.train(cfg, HydraConfig.get().runtime.output_dir)
 
 
 @plainly()
 def eval_job(cfg: DictConfig) -> float:
-    """Hydra's job for evaluation: prints the result as one line of JSON and returns top-1 (%)."""
+    """Hydra's job for evaluation: prints the result as one line of JSON and returns the headline figure (%)."""
     result = engine.evaluate(cfg)
     if RANK == 0:
         print(json.dumps(result), flush=True)
-    return result["top1"]
+    return result[find_task(result["task"]).headline]
 
 
 def train() -> None:

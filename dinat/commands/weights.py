@@ -130,7 +130,7 @@ def convert(
     if to is Layout.huggingface:
         write_huggingface(network, name, shape, folder)
     else:
-        from dinat.engine.checkpoint import export  # the engine takes a second to import
+        from dinat.tasks.models import export  # takes a second to import
 
         del arguments["num_classes"]
         export(network, folder, {"input_size": (shape.in_chans, *network.img_size)}, arguments, [])

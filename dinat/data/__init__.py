@@ -1,7 +1,7 @@
 """Datasets, order, augmentation: everything between files and a batch on the device."""
 
 from dinat.data.imagenet import accepted_labels, competing_classes
-from dinat.data.loaders import IGNORE, TrainLoader, eval_loader
+from dinat.data.loaders import IGNORE, TrainLoader, blank, count_images, eval_loader
 from dinat.data.seeding import reseed
 from dinat.data.sources import class_to_idx, open_split
 from dinat.data.transforms import Augment, Normalize, eval_transform, resolve_preprocessing, train_transform
@@ -12,8 +12,10 @@ __all__ = [
     "Normalize",
     "TrainLoader",
     "accepted_labels",
+    "blank",
     "class_to_idx",
     "competing_classes",
+    "count_images",
     "eval_loader",
     "eval_transform",
     "open_split",

@@ -106,6 +106,17 @@ def collate(samples: list[tuple[torch.Tensor, int, list[str]]]) -> Batch:
     return default_collate(list(images)), torch.tensor(targets), [line for lines in problems for line in lines]
 
 
+def count_images(targets: Sequence[Any]) -> int:
+    """How many of a batch's targets are of images."""
+    return sum(bool(target != IGNORE) for target in targets)
+
+
+def blank(batch: Batch) -> Batch:
+    """The batch once more, with nothing in it that counts."""
+    images, targets, _ = batch
+    return images, torch.full_like(targets, IGNORE), []
+
+
 def shield_worker(_: int) -> None:
     """Lets a worker outlive a SIGTERM or Ctrl-C sent to the whole job; it ends when its training process says so.
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,7 +17,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from dinat.errors import UserError
-from dinat.files import write_atomically
 
 # The whole state by parameter name, on the CPU of rank 0, however training was parallelized: a checkpoint of one
 # process can be continued by eight, and the other way round.
@@ -85,27 +79,3 @@ def find_resume(resume: str | None, run_dir: Path) -> Path | None:
     if not path.is_file():
         raise UserError(f"resume={resume}: no checkpoint there. Give a run folder, a .pt file, or auto.")
     return path
-
-
-def export(
-    model: nn.Module, folder: Path, preprocessing: Mapping[str, Any], arguments: Mapping[str, Any], labels: list[str]
-) -> None:
-    """Writes model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
-
-    Args:
-        model: on the CPU; its `pretrained_cfg` takes over `preprocessing`.
-        arguments: of the model's constructor, beyond the number of classes.
-        labels: class names in index order; may be empty.
-    """
-    model.pretrained_cfg = {**model.pretrained_cfg, **preprocessing, "num_classes": model.num_classes}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as temporary:
-        save_for_hf(
-            model,
-            temporary,
-            model_config={"label_names": labels} if labels else None,
-            model_args=dict(arguments) or None,
-            safe_serialization=True,
-        )
-        for name in ("model.safetensors", "config.json"):
-            # copied, not moved: safetensors makes files that only their owner can read
-            write_atomically(folder / name, partial(shutil.copyfile, Path(temporary) / name))

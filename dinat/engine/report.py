@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import logging
 import os
 import platform
@@ -20,10 +19,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
-from dinat.engine.scoring import Scores
 from dinat.errors import UserError
-from dinat.files import write_atomically, write_text
+from dinat.files import write_atomically, write_csv
 
 log = logging.getLogger("dinat")
 console = Console(stderr=True)  # stdout is for results
@@ -131,17 +130,10 @@ def _git_revision() -> str | None:
     return None
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with a header, atomically; all rows have the first one's columns."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, table.getvalue())
-
-
-def add_row(path: Path, row: Mapping[str, Any]) -> None:
+def add_row(path: Path, row: Mapping[str, Any], headline: str) -> None:
     """Adds an evaluation to a table that several processes may write to, in place of an earlier one of the same.
+
+    The table is sorted by data, and then by the column `headline`, best first.
 
     Raises:
         UserError: the file has other columns.
@@ -152,42 +144,55 @@ def add_row(path: Path, row: Mapping[str, Any]) -> None:
         rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
         if rows and rows[0].keys() != row.keys():
             raise UserError(f"table={path}: has other columns, {', '.join(rows[0])}. Give another file.")
-        same = ("data", "model", "img_size", "crop_pct")
+        same = [name for name in ("data", "model", "img_size", "crop_pct") if name in row]
         kept = [other for other in rows if any(other[name] != row[name] for name in same)]
-        write_csv(path, sorted([*kept, row], key=lambda r: (r["data"], -float(r["top1"]))))
+        write_csv(path, sorted([*kept, row], key=lambda r: (r["data"], -float(r[headline]))))
 
 
-def draw_curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Loss, top-1 and learning rate over epochs, as a picture."""
+def say(figures: Mapping[str, float], labels: Mapping[str, str]) -> str:
+    """Figures as people read them: losses as they are, everything else in percent."""
+    return "  ".join(
+        f"{labels.get(name, name)} {value:.4f}" if "loss" in name else f"{labels.get(name, name)} {value:.2f} %"
+        for name, value in figures.items()
+    )
+
+
+def draw_curves(path: Path, history: Sequence[Mapping[str, Any]], headline: str, label: str) -> None:
+    """Losses, the headline figure and the learning rate over epochs, as a picture."""
+    columns = list(history[0])
+    panels = {
+        "loss": [name for name in columns if "loss" in name],
+        f"{label} (%)": [name for name in (f"train_{headline}", f"val_{headline}") if name in columns],
+        "learning rate": ["lr"],
+    }
     figure = Figure(figsize=(12, 3.5), layout="constrained")
-    panels = {"loss": ("train_loss", "val_loss"), "top-1 (%)": ("train_top1", "val_top1"), "learning rate": ("lr",)}
-    for axes, (title, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for column in columns:
-            points = [(row["epoch"], row[column]) for row in history if row[column] is not None]
-            axes.plot(*zip(*points, strict=True), label=column, marker="." if len(points) < 50 else None)
+    for axes, (title, names) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for name in names:
+            points = [(row["epoch"], row[name]) for row in history if row[name] is not None]
+            axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 50 else None)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
-        if len(columns) > 1:
+        if len(names) > 1:
             axes.legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
-def draw_confusion(path: Path, scores: Scores, names: Sequence[str]) -> None:
+def draw_confusion(path: Path, matrix: Tensor, names: Sequence[str]) -> None:
     """The confusion matrix, each row divided by its class's images, as a picture."""
-    matrix = (scores.confusion / scores.total.clamp(min=1)[:, None]).numpy()
-    side = min(20, max(5, 0.35 * len(matrix)))
+    shares = (matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
+    side = min(20, max(5, 0.35 * len(shares)))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true")
-    if len(matrix) <= 50:  # more labels than that overlap
-        axes.set_xticks(range(len(matrix)), names, rotation=90)
-        axes.set_yticks(range(len(matrix)), names)
-    if len(matrix) <= 20:
-        for (row, column), images in zip(((i, j) for i in range(len(matrix)) for j in range(len(matrix))),
-                                         scores.confusion.flatten().tolist(), strict=True):  # fmt: skip
-            shade = "white" if matrix[row, column] > 0.5 else "black"
-            axes.text(column, row, images, ha="center", va="center", color=shade, fontsize=8)
+    if len(shares) <= 50:  # more labels than that overlap
+        axes.set_xticks(range(len(shares)), names, rotation=90)
+        axes.set_yticks(range(len(shares)), names)
+    if len(shares) <= 20:
+        for row, images in enumerate(matrix.tolist()):
+            for column, count in enumerate(images):
+                shade = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, count, ha="center", va="center", color=shade, fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 

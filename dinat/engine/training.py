@@ -14,34 +14,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import timm
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from dinat.data import (
-    IGNORE,
-    Augment,
-    Normalize,
-    TrainLoader,
-    class_to_idx,
-    eval_loader,
-    eval_transform,
-    open_split,
-    reseed,
-    resolve_preprocessing,
-    train_transform,
-)
+from dinat.data import count_images, reseed
 from dinat.data.loaders import Batch
+from dinat.distributed import World, gradient_sync, join, parallelize
 from dinat.engine import checkpoint, report
-from dinat.engine.distributed import World, gradient_sync, join, parallelize
-from dinat.engine.models import autocast_dtype, build_model, check_fit, check_model_name, to_dict
 from dinat.engine.optim import create_optimizer, create_schedule
-from dinat.engine.scoring import Scores, check_labels, measure, report_bad_images
+from dinat.engine.scoring import measure, report_bad_images
 from dinat.errors import UserError, nearest
-from dinat.files import write_atomically, write_text
+from dinat.files import write_atomically, write_csv, write_text
+from dinat.tasks import Scores, Step, find_task
+from dinat.tasks.models import check_fit, to_dict
+from dinat.tasks.task import autocast_dtype
 
 log = report.log
 
@@ -106,20 +95,14 @@ class Trainer:
         # What is cheap to check comes first: nothing heavy starts on a mistake.
         self.check_choices()
         dtype = autocast_dtype(cfg.runtime.dtype)
-        check_model_name(cfg.model.name)
+        self.task = find_task(cfg.task)(cfg.data, cfg.model, cfg.runtime, world)
         resume = world.agree(checkpoint.find_resume(cfg.resume, run_dir))
         saved = checkpoint.read_checkpoint(resume) if resume else None
-
         self.parts, per_process = cfg.runtime.grad_accum, self.batch_per_process()
-        train_set = open_split(cfg.data, "train", seed=cfg.seed, batch_size=per_process)
-        classes = class_to_idx(train_set)
-        val_set = open_split(cfg.data, "validation", class_map=classes)
-        self.num_classes = count_classes(cfg, classes)
-        self.class_names = [name for name, _ in sorted(classes.items(), key=lambda item: item[1])]
+        self.task.open(seed=cfg.seed, batch_size=per_process)
 
         reseed(cfg.seed)
-        model = build_model(cfg.model, self.num_classes).to(world.device)
-        self.preprocessing = resolve_preprocessing(cfg.data, model, to_dict(cfg.model.kwargs).get("img_size"))
+        model = self.task.build_model().to(world.device)
         if cfg.runtime.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if cfg.runtime.grad_checkpointing:
@@ -135,38 +118,27 @@ class Trainer:
         self.model = model
         self.parallel = parallelize(model, world, cfg.runtime.parallel, dtype)
         self.optimizer = create_optimizer(cfg.optimizer, model)
-        self.autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
 
-        share = {"rank": world.rank, "ranks": world.size, "workers": cfg.runtime.workers}
-        share["pin_memory"] = world.device.type == "cuda"
-        size = self.preprocessing["input_size"]
-        self.train_loader = TrainLoader(
-            train_set, train_transform(self.preprocessing, to_dict(cfg.augment.transform)), size,
-            batch_size=per_process, parts=self.parts, seed=cfg.seed, **share,
-        )  # fmt: skip
-        self.val_loader = eval_loader(
-            val_set, eval_transform(self.preprocessing), size, batch_size=cfg.eval_batch_size, **share
-        )
-        self.lockstep = self.sharded and isinstance(val_set, IterableDataset)
-        self.normalize = Normalize(self.preprocessing, world.device, cfg.runtime.channels_last)
-        self.augment = Augment(cfg.augment, self.num_classes, world.device)
+        self.train_loader = self.task.train_loader(cfg.augment, batch_size=per_process, parts=self.parts, seed=cfg.seed)
+        self.val_loader = self.task.eval_loader(cfg.eval_batch_size)
+        self.lockstep = self.sharded and isinstance(self.val_loader.dataset, IterableDataset)
         self.updates = self.train_loader.updates
-        self.schedule, self.epochs = create_schedule(cfg.scheduler, self.optimizer, self.updates)
+        self.schedule, epochs = create_schedule(cfg.scheduler, self.optimizer, self.updates)
+        self.epochs, self.last_step = math.ceil(epochs), round(epochs * self.updates)
 
         self.epoch = self.step = 0  # epochs finished, updates done
         self.lr = 0.0  # of the last update
         self.best: float | None = None
         self.history: list[dict[str, Any]] = []
-        exact = torch.float32 if world.device.type == "mps" else torch.float64
-        self.meter = torch.zeros(3, dtype=exact, device=world.device)  # loss, hits, images of this epoch
+        self.meter = Meter(world)
         if saved:
             self.restore(saved, resume)
 
     # ---- the loop ----
 
     def fit(self) -> float:
-        """Trains to the end, from wherever the state is; returns the exported weights' top-1."""
+        """Trains to the end, from wherever the state is; returns the exported weights' headline figure."""
         if self.world.primary:
             self.describe()
         tracker_config = self.cfg.logger if self.world.primary else {"name": None}
@@ -179,10 +151,12 @@ class Trainer:
                 last = epoch + 1 == self.epochs
                 if last or (epoch + 1) % self.cfg.eval_every == 0:
                     scores = self.evaluate(f"evaluation {epoch + 1}/{self.epochs}")
-                    row |= {"val_loss": scores.loss, "val_top1": scores.top1, "val_top5": scores.top5}
+                    row |= {f"val_{name}": value for name, value in scores.figures.items()}
                 self.finish_epoch(row)
                 if self.world.primary and (last or time.monotonic() - drawn > CURVES_EVERY):
-                    report.draw_curves(self.run_dir / "curves.png", self.history)
+                    headline = self.task.headline
+                    report.draw_curves(self.run_dir / "curves.png", self.history, headline, self.task.labels[headline])
+                    self.task.draw(self.averaged, self.run_dir)
                     drawn = time.monotonic()
                 self.stop_if_asked()
         return self.export()
@@ -190,6 +164,7 @@ class Trainer:
     def train_epoch(self, epoch: int) -> dict[str, Any]:
         """The updates of an epoch that are still to do; returns the epoch's row of the summary."""
         started, start = time.perf_counter(), self.step - epoch * self.updates
+        end = min(self.updates, self.last_step - epoch * self.updates)
         batches = self.train_loader.batches(epoch, start)
         log_every, save_every = self.cfg.runtime.log_every, self.cfg.checkpoint.every_steps
         self.model.train()
@@ -198,42 +173,38 @@ class Trainer:
             primary=self.world.primary, every=log_every,
         )  # fmt: skip
         with bar:
-            for done in range(start + 1, self.updates + 1):
+            for done in range(start + 1, end + 1):
                 self.update(batches)
                 note = None
                 if done % log_every == 0:
-                    loss, top1 = self.means()
-                    note = f"loss {loss:.4f}  top-1 {top1:.2f} %  lr {self.lr:.2e}"
-                    self.tracker.log({"train/loss": loss, "train/top1": top1, "lr": self.lr}, self.step)
+                    means = self.means()
+                    note = f"{report.say(means, self.task.labels)}  lr {self.lr:.2e}"
+                    self.tracker.log(
+                        {f"train/{name}": mean for name, mean in means.items()} | {"lr": self.lr}, self.step
+                    )
                 bar.advance(done, note)
-                if done < self.updates:  # at the end of the epoch, fit() does both
+                if done < end:  # at the end of the epoch, fit() does both
                     self.stop_if_asked(save=True)
                     if save_every and self.step % save_every == 0:
                         self.save("last.pt")
-        loss, top1 = self.means()
-        seconds = time.perf_counter() - started
-        row = {"epoch": epoch + 1, "step": self.step, "lr": self.lr, "train_loss": loss, "train_top1": top1}
-        return row | {"val_loss": None, "val_top1": None, "val_top5": None, "seconds": round(seconds, 2)}
+        trained = {f"train_{name}": mean for name, mean in self.means().items()}
+        unknown = dict.fromkeys(f"val_{name}" for name in self.task.labels)
+        seconds = round(time.perf_counter() - started, 2)
+        return {"epoch": epoch + 1, "step": self.step, "lr": self.lr, **trained, **unknown, "seconds": seconds}
 
     def update(self, batches: Iterator[Batch]) -> None:
         """One step of the optimizer, on `parts` batches."""
         for part in range(self.parts):
             images, targets, problems = next(batches)
             report_bad_images(problems, self.cfg.data.on_bad_image)
-            check_labels(targets, self.num_classes)
-            if (targets == IGNORE).any():
+            if count_images(targets) < len(targets):
                 raise UserError("data: an image without a label, or too many unreadable images in a row.")
             # All that is random from here on (erasing, mixup, dropout, stochastic depth) follows from these numbers.
             reseed(self.cfg.seed, self.world.rank, self.step, part)
-            images, targets = self.augment(self.normalize(images), targets.to(self.world.device, non_blocking=True))
             with gradient_sync(self.parallel, part == self.parts - 1):
-                with self.autocast():
-                    logits = self.parallel(images)
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.augment.smoothing)
-                self.scaler.scale(loss / self.parts).backward()
-            labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
-            hits = (logits.argmax(dim=1) == labels).sum()
-            self.meter += torch.stack([loss.detach() * len(images), hits, hits.new_tensor(len(images))])
+                step = self.task.step(self.parallel, images, targets)
+                self.scaler.scale(step.loss / self.parts).backward()
+            self.meter.add(step)
         if self.cfg.optimizer.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             dispatch_clip_grad(self.model.parameters(), self.cfg.optimizer.clip_grad, self.cfg.optimizer.clip_mode)
@@ -250,46 +221,48 @@ class Trainer:
         """Records an epoch and saves what is due: the state, the best one, every N-th."""
         self.epoch += 1
         self.history.append(row)
-        self.meter.zero_()
+        self.meter.clear()
         names = ["last.pt"]
-        top1 = row["val_top1"]
-        if top1 is not None and (self.best is None or top1 > self.best):
-            self.best = top1
+        score = row[f"val_{self.task.headline}"]
+        if score is not None and (self.best is None or score > self.best):
+            self.best = score
             names.append("best.pt")
         if self.cfg.checkpoint.every_epochs and self.epoch % self.cfg.checkpoint.every_epochs == 0:
             names.append(f"epoch_{self.epoch:04d}.pt")
         self.save(*names)
-        found = f"validation loss {row['val_loss']:.4f}  top-1 {top1:.2f} %" if top1 is not None else ""
+        trained, found = (self.say(row, split) for split in ("train", "val"))
+        found = f"validation {found}" if score is not None else ""
         log.info(
-            "epoch %d/%d  loss %.4f  top-1 %.2f %%  %s  lr %.2e  %.1f s",
-            self.epoch, self.epochs, row["train_loss"], row["train_top1"], found, row["lr"], row["seconds"],
-        )  # fmt: skip
+            "epoch %d/%d  %s  %s  lr %.2e  %.1f s", self.epoch, self.epochs, trained, found, row["lr"], row["seconds"]
+        )
         self.tracker.log({key: value for key, value in row.items() if key.startswith(("val", "epoch"))}, self.step)
         if self.world.primary:
-            report.write_csv(self.run_dir / "summary.csv", self.history)
+            write_csv(self.run_dir / "summary.csv", self.history)
+
+    def say(self, row: dict[str, Any], split: str) -> str:
+        """The figures of a split in a row of the summary, for the log."""
+        prefix = f"{split}_"
+        figures = {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+        return report.say({name: value for name, value in figures.items() if value is not None}, self.task.labels)
+
+    @property
+    def averaged(self) -> torch.nn.Module:
+        """The averaged weights if there are any, else the model: what is evaluated and exported."""
+        return self.ema.module if self.ema else self.model
 
     def evaluate(self, label: str) -> Scores:
-        """Scores of the averaged weights if there are any, else of the model's, on the validation split."""
+        """Scores on the validation split."""
         total = len(self.val_loader) if not isinstance(self.val_loader.dataset, IterableDataset) else None
         with report.Bar(label, total, self.cfg.eval_batch_size * self.world.size, primary=self.world.primary) as bar:
-            return measure(
-                self.ema.module if self.ema else self.model,
-                self.val_loader,
-                self.world,
-                num_classes=self.num_classes,
-                prepare=self.normalize,
-                autocast=self.autocast,
-                on_bad_image=self.cfg.data.on_bad_image,
-                lockstep=self.lockstep,
-                tick=bar.advance,
-            )
+            return measure(self.task, self.averaged, self.val_loader, lockstep=self.lockstep, tick=bar.advance)
 
-    def means(self) -> tuple[float, float]:
-        """Loss and top-1 (%) of this epoch so far, over all processes. Raises UserError if the loss is not finite."""
-        loss, hits, images = self.world.sum(self.meter).tolist()
-        if not math.isfinite(loss):
-            self.diverged(f"the loss became {loss / images}")
-        return loss / images, 100 * hits / images
+    def means(self) -> dict[str, float]:
+        """Loss and other figures of this epoch so far, over all processes. Raises UserError if one is not finite."""
+        means = self.meter.means()
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                self.diverged(f"the {name} became {mean}")
+        return means
 
     def diverged(self, what: str) -> None:
         last = self.run_dir / "last.pt"
@@ -310,13 +283,13 @@ class Trainer:
 
     def save(self, *names: str) -> None:
         """Writes the whole state of the run to each of the files, unless its weights have become useless."""
-        meter = self.world.sum(self.meter)
+        meter = self.meter.state()
         state: dict[str, Any] = {}
         if self.world.primary or self.sharded:
             state = {
                 "arch": self.cfg.model.name,
-                "num_classes": self.num_classes,
-                "classes": self.class_names,
+                "num_classes": self.task.num_classes,
+                "classes": self.task.classes,
                 "config": to_dict(self.cfg),
                 "state_dict": checkpoint.model_state(self.model),
                 "state_dict_ema": checkpoint.model_state(self.ema.module) if self.ema else None,
@@ -328,7 +301,7 @@ class Trainer:
                 "lr": self.lr,
                 "best": self.best,
                 "history": self.history,
-                "meter": meter.tolist(),
+                "meter": meter,
             }
         weights = state["state_dict"].values() if self.world.primary else ()
         if self.world.any(not all(tensor.isfinite().all() for tensor in weights)):
@@ -359,33 +332,28 @@ class Trainer:
         self.epoch, self.step, self.lr = saved["epoch"], saved["step"], saved["lr"]
         self.best, self.history = saved["best"], saved["history"]
         self.schedule.step_update(self.step)
-        if self.world.primary:  # the sum over processes is what counts
-            self.meter.copy_(torch.tensor(saved["meter"], dtype=self.meter.dtype))
+        self.meter.restore(saved["meter"])
         for key, old, new in config_differences(saved["config"], to_dict(self.cfg)):
             log.warning("resume: %s was %s and is now %s; the run will not be what it would have been", key, old, new)
         log.info("continuing %s after %d updates, in epoch %d/%d", path, self.step, self.epoch + 1, self.epochs)
 
     def export(self) -> float:
-        """Writes the final weights as a timm model folder; returns their top-1 (%)."""
-        best = self.cfg.checkpoint.export == "best"
-        weights = checkpoint.model_state(self.ema.module if self.ema else self.model)
+        """Writes the final weights as a model folder; returns their headline figure (%)."""
+        best, column = self.cfg.checkpoint.export == "best", f"val_{self.task.headline}"
+        weights = checkpoint.model_state(self.averaged)
         row = self.history[-1]
         if best:
-            row = max((row for row in self.history if row["val_top1"] is not None), key=lambda row: row["val_top1"])
+            row = max((row for row in self.history if row[column] is not None), key=lambda row: row[column])
         if self.world.primary:
             if best:
                 saved = checkpoint.read_checkpoint(self.run_dir / "best.pt")
                 weights = saved["state_dict_ema"] or saved["state_dict"]
-            arguments = to_dict(self.cfg.model.kwargs)
-            plain = timm.create_model(self.cfg.model.name, num_classes=self.num_classes, **arguments)
-            plain.load_state_dict(weights)
-            checkpoint.export(plain, self.run_dir, self.preprocessing, arguments, self.class_names)
+            self.task.export(weights, self.run_dir)
         log.info(
-            "%s weights, epoch %d: top-1 %.2f %%, top-5 %.2f %%, loss %.4f on the validation split; %s",
-            self.cfg.checkpoint.export, row["epoch"], row["val_top1"], row["val_top5"], row["val_loss"],
-            self.run_dir / "model.safetensors",
+            "%s weights, epoch %d: %s on the validation split; %s",
+            self.cfg.checkpoint.export, row["epoch"], self.say(row, "val"), self.run_dir / "model.safetensors",
         )  # fmt: skip
-        return row["val_top1"]
+        return row[column]
 
     def describe(self) -> None:
         """Writes down what this run is: its configuration and its surroundings."""
@@ -395,7 +363,7 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         log.info(
             "%s, %.2f M parameters, %d classes, input %s, %d x %d updates of %d images on %d x %s; %s",
-            self.cfg.model.name, parameters / 1e6, self.num_classes, self.preprocessing["input_size"],
+            self.cfg.model.name, parameters / 1e6, self.task.num_classes, self.task.describe_input(),
             self.epochs, self.updates, self.cfg.batch_size, self.world.size, self.world.device, self.run_dir,
         )  # fmt: skip
 
@@ -419,12 +387,42 @@ class Trainer:
                 f"batch_size={total}: not a multiple of {self.world.size} processes x runtime.grad_accum="
                 f"{self.cfg.runtime.grad_accum}. batch_size counts the images of one update, over all of them."
             )
-        mixup = self.cfg.augment.mixup
-        if (mixup.mixup_alpha or mixup.cutmix_alpha) and total // shares % 2:
-            raise UserError(
-                f"batch_size={total}: {total // shares} images per forward pass; mixup needs an even number."
-            )
         return total // shares
+
+
+class Meter:
+    """Sums over the images of an epoch, of this process: the loss, and the other figures that a task's steps give."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.dtype = torch.float32 if world.device.type == "mps" else torch.float64  # MPS has no float64
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, step: Step) -> None:
+        sums = {"images": step.loss.new_tensor(step.images), "loss": step.loss.detach() * step.images, **step.sums}
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.to(self.dtype)
+
+    def state(self) -> dict[str, float]:
+        """The sums over all processes, which have the same names."""
+        if not self.sums:
+            return {}
+        return dict(zip(self.sums, self.world.sum(torch.stack(list(self.sums.values()))).tolist(), strict=True))
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Continues from such sums, which one process takes over: they are added up again in the end."""
+        share = float(self.world.primary)
+        options = {"dtype": self.dtype, "device": self.world.device}
+        self.sums = {name: torch.tensor(share * value, **options) for name, value in state.items()}
+
+    def means(self) -> dict[str, float]:
+        """Means over the images of all processes."""
+        sums = self.state()
+        images = sums.pop("images")
+        return {name: value / images for name, value in sums.items()}
+
+    def clear(self) -> None:
+        self.sums = {}
 
 
 class Stop:
@@ -445,22 +443,6 @@ class Stop:
         if self.signum == signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
-
-
-def count_classes(cfg: DictConfig, classes: dict[str, int]) -> int:
-    """Classes of the data, on which the data itself, `data.num_classes` and `model.num_classes` must agree."""
-    found = {
-        "the data set": max(classes.values()) + 1 if classes else None,
-        "data.num_classes": cfg.data.num_classes,
-        "model.num_classes": cfg.model.num_classes,
-    }
-    known = {source: count for source, count in found.items() if count is not None}
-    if not known:
-        raise UserError(f"data.num_classes is not set, and data.name={cfg.data.name} does not tell. Set it.")
-    if len(set(known.values())) > 1:
-        listed = ", ".join(f"{source} {count}" for source, count in known.items())
-        raise UserError(f"class counts differ: {listed}. Leave data.num_classes and model.num_classes at null.")
-    return next(iter(known.values()))
 
 
 def config_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

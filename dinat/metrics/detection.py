@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dinat import rle
-from dinat.metrics import ALONE, Processes
+from dinat.distributed import ALONE, World
 
 KINDS = {"box": "bbox", "mask": "segm"}  # our words: COCO's
 STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar", "ar_small", "ar_medium",
@@ -63,7 +63,7 @@ class DetectionMetric:
             size = tuple(target["masks"].shape[-2:]) if "mask" in self.kinds else (0, 0)
             self.images[image] = Image(size, objects, detections)
 
-    def compute(self, world: Processes = ALONE) -> dict[str, float]:
+    def compute(self, world: World = ALONE) -> dict[str, float]:
         """`box_ap`, `box_ap50`, `box_ap75`, by size (`_small`, ...), `box_ar` (of 100), ..., and of masks alike.
 
         nan where there is no object of that size.
@@ -74,7 +74,7 @@ class DetectionMetric:
             for name, value in zip(STATS, evaluation.stats[: len(STATS)], strict=True)
         }
 
-    def per_class(self, world: Processes = ALONE) -> list[dict[str, Any]]:
+    def per_class(self, world: World = ALONE) -> list[dict[str, Any]]:
         """A row per class: AP and AP50 of each kind, nan for a class without objects."""
         rows = [{"class": name} for name in self.classes]
         for kind, evaluation in self._evaluate(world).items():
@@ -95,7 +95,7 @@ class DetectionMetric:
                 record["segmentation"] = mask
         return records
 
-    def _evaluate(self, world: Processes) -> dict[str, Any]:
+    def _evaluate(self, world: World) -> dict[str, Any]:
         """A finished COCOeval for each kind, over the images of all processes."""
         images: dict[int, Image] = {}
         for share in world.gather(self.images):

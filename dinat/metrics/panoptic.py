@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dinat.metrics import ALONE, Processes
+from dinat.distributed import ALONE, World
 
 VOID = 0  # in maps of segment ids: no segment
 OFFSET = 1 << 32  # larger than any segment id
@@ -48,7 +48,7 @@ class PanopticMetric:
             maps = [one["panoptic"].cpu().numpy().astype(np.int64) for one in (target, prediction)]
             self.counts += count_segments(*maps, wanted, found, crowds, len(self.classes))
 
-    def compute(self, world: Processes = ALONE) -> dict[str, float]:
+    def compute(self, world: World = ALONE) -> dict[str, float]:
         """`pq`, `sq`, `rq`, and the same over things (`pq_things`, ...) and stuff (`pq_stuff`, ...)."""
         qualities, occurs = self._qualities(world)
         groups = {"": occurs, "_things": occurs & self.things, "_stuff": occurs & ~self.things}
@@ -58,7 +58,7 @@ class PanopticMetric:
             for name, column in zip(("pq", "sq", "rq"), qualities.T, strict=True)
         }
 
-    def per_class(self, world: Processes = ALONE) -> list[dict[str, Any]]:
+    def per_class(self, world: World = ALONE) -> list[dict[str, Any]]:
         """A row per class: PQ, SQ and RQ, nan for a class that does not occur."""
         qualities, occurs = self._qualities(world)
         qualities[~occurs] = np.nan
@@ -67,7 +67,7 @@ class PanopticMetric:
             {"class": name, "isthing": bool(thing), "pq": pq, "sq": sq, "rq": rq} for name, thing, (pq, sq, rq) in rows
         ]
 
-    def _qualities(self, world: Processes) -> tuple[np.ndarray, np.ndarray]:
+    def _qualities(self, world: World) -> tuple[np.ndarray, np.ndarray]:
         """PQ, SQ, RQ of each class, (K, 3), and whether it occurs at all, (K,)."""
         iou, matched, unmatched, missed = sum(world.gather(self.counts)).T
         occurs = matched + unmatched + missed > 0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinat.metrics import ALONE, Processes
+from dinat.distributed import ALONE, World
 
 IGNORED = 255  # of target maps
 
@@ -41,25 +41,25 @@ class SemanticMetric:
             pairs = (wanted * count + predicted)[wanted != IGNORED]
             self.confusion += torch.bincount(pairs, minlength=count**2).view(count, count).cpu()
 
-    def compute(self, world: Processes = ALONE) -> dict[str, float]:
+    def compute(self, world: World = ALONE) -> dict[str, float]:
         """`miou`, and the accuracies over pixels (`pixel_accuracy`) and over classes (`class_accuracy`)."""
-        confusion = self._confusion(world)
+        confusion = self.confusion_matrix(world)
         return {
             "miou": _percent(_iou(confusion).nanmean()),
             "pixel_accuracy": _percent(confusion.diagonal().sum() / confusion.sum()),
             "class_accuracy": _percent(_recall(confusion).nanmean()),
         }
 
-    def per_class(self, world: Processes = ALONE) -> list[dict[str, Any]]:
+    def per_class(self, world: World = ALONE) -> list[dict[str, Any]]:
         """A row per class: IoU, accuracy (nan for a class that does not occur), pixels in the targets."""
-        confusion = self._confusion(world)
+        confusion = self.confusion_matrix(world)
         columns = zip(self.classes, _iou(confusion), _recall(confusion), confusion.sum(1).tolist(), strict=True)
         return [
             {"class": name, "iou": _percent(iou), "accuracy": _percent(recall), "pixels": int(pixels)}
             for name, iou, recall, pixels in columns
         ]
 
-    def _confusion(self, world: Processes) -> Tensor:
+    def confusion_matrix(self, world: World) -> Tensor:
         """(K, K) float64: pixels of class i that were predicted as class j."""
         return torch.stack(world.gather(self.confusion)).sum(0).double()
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from dinat.engine import distributed, evaluate, train, training
+from dinat import distributed
+from dinat.engine import evaluate, train, training
 
 jobs, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 rank = int(os.environ["RANK"])

@@ -13,8 +13,8 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
 from dinat.data.imagenet import BENCHMARKS
 from dinat.engine import evaluate
-from dinat.engine import evaluation as evaluation_module
 from dinat.errors import UserError
+from dinat.tasks import classification as evaluation_module
 
 SYNSETS = ImageNetInfo().label_names()
 INFO = importlib.resources.files("timm.data") / "_info"

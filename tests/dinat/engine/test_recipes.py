@@ -8,8 +8,8 @@ import timm
 import torch
 
 import dinat  # noqa: F401 - registers the models
-from dinat.engine.models import to_dict
 from dinat.engine.optim import create_optimizer, create_schedule
+from dinat.tasks.models import to_dict
 
 EXPERIMENTS = Path(__file__).parents[3] / "configs" / "experiment"
 OURS = {"digits", "folder", "finetune"}

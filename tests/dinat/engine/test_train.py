@@ -124,7 +124,7 @@ def test_fine_tuning_takes_all_but_the_head(trained, compose, tmp_path):
         f"model.checkpoint={run}", "model.reset_head=true", "batch_size=4", "runtime.device=cpu",
     )  # fmt: skip
     (tmp_path / "run").mkdir()
-    from dinat.engine.distributed import join
+    from dinat.distributed import join
 
     with join("cpu") as world:
         model = Trainer(cfg, tmp_path / "run", world).model
@@ -152,7 +152,7 @@ def test_weights_of_another_model(trained, compose, tmp_path, monkeypatch):
 
     from timm.models import get_pretrained_cfg
 
-    from dinat.engine import models
+    from dinat.tasks import models
 
     run, _ = trained
     source = replace(get_pretrained_cfg("dinat_pico"), file=str(run / "model.safetensors"), num_classes=10)

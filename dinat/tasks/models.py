@@ -1,20 +1,23 @@
-"""Building a model from the configuration, and loading weights into it, with every mismatch named."""
+"""timm's models: built from the configuration, weights loaded with every mismatch named, written as a folder."""
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from omegaconf import OmegaConf
-from timm.models import get_pretrained_cfg, load_state_dict
+from timm.models import get_pretrained_cfg, load_state_dict, save_for_hf
 from torch import Tensor, nn
 
 from dinat import checkpoints
 from dinat.errors import CheckpointError, UserError, nearest
+from dinat.files import write_atomically
 
 # what says where weights lie and how they are read, of a timm pretrained_cfg
 WEIGHT_SOURCE = ("url", "file", "hf_hub_id", "hf_hub_filename", "custom_load", "num_classes", "classifier")
@@ -135,11 +138,25 @@ def to_dict(section: Any) -> dict[str, Any]:
     return OmegaConf.to_container(section, resolve=True) if OmegaConf.is_config(section) else dict(section or {})
 
 
-def autocast_dtype(name: str) -> torch.dtype:
-    """The torch dtype of `runtime.dtype`. Raises UserError for any but float32, bfloat16, float16."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise UserError(
-            f"runtime.dtype={name}: no such precision. Known: {', '.join(known)}.{nearest(str(name), known)}"
+def export(
+    model: nn.Module, folder: Path, preprocessing: Mapping[str, Any], arguments: Mapping[str, Any], labels: list[str]
+) -> None:
+    """Writes model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    Args:
+        model: on the CPU; its `pretrained_cfg` takes over `preprocessing`.
+        arguments: of the model's constructor, beyond the number of classes.
+        labels: class names in index order; may be empty.
+    """
+    model.pretrained_cfg = {**model.pretrained_cfg, **preprocessing, "num_classes": model.num_classes}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as temporary:
+        save_for_hf(
+            model,
+            temporary,
+            model_config={"label_names": labels} if labels else None,
+            model_args=dict(arguments) or None,
+            safe_serialization=True,
         )
-    return known[name]
+        for name in ("model.safetensors", "config.json"):
+            # copied, not moved: safetensors makes files that only their owner can read
+            write_atomically(folder / name, partial(shutil.copyfile, Path(temporary) / name))

@@ -42,6 +42,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, by rank, on all processes."""
+        if self.size == 1:
+            return [value]
+        box = [None] * self.size
+        dist.all_gather_object(box, value, group=self.control)
+        return box
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any process."""
         if self.size == 1:
@@ -57,6 +65,9 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, group=self.control)
         return box[0]
+
+
+ALONE = World(torch.device("cpu"))
 
 
 @contextlib.contextmanager
