@@ -45,7 +45,7 @@ def measure(
     batches = _in_lockstep(batches, world) if lockstep else batches
     for done, (images, targets, problems) in enumerate(batches, start=1):
         report_bad_images(problems, task.data["on_bad_image"])
-        metric.update(task.predict(model, images), targets)
+        task.score(metric, model, images, targets)
         count, skipped = count + count_images(targets), skipped + len(problems)
         tick(done)
     model.train(training)

@@ -7,12 +7,7 @@ import importlib
 from dinat.errors import UserError, nearest
 from dinat.tasks.task import Origin, Scores, Step, Task
 
-TASKS = {
-    "classification": "Classification",
-    "detection": "Detection",
-    "semantic": "Semantic",
-    "panoptic": "Panoptic",
-}
+TASKS = {"classification": "Classification"}
 
 __all__ = ["TASKS", "Origin", "Scores", "Step", "Task", "find_task"]
 

@@ -35,6 +35,7 @@ from dinat.tasks.task import Origin, Step, Task
 class Classification(Task):
     """Images with one label each. The `augment` section is timm's training augmentation; see configs/augment."""
 
+    name = "classification"
     headline = "top1"
     labels = {"loss": "loss", "top1": "top-1", "top5": "top-5"}  # noqa: RUF012 - never written
 
@@ -49,23 +50,8 @@ class Classification(Task):
         self.train_set = open_split(self.data, "train", seed=seed, batch_size=batch_size)
         class_map = class_to_idx(self.train_set)
         self.val_set = open_split(self.data, "validation", class_map=class_map)
-        self.num_classes = self.agree_on_classes(class_map)
+        self.num_classes = self.agree_on_classes(max(class_map.values()) + 1 if class_map else None)
         self.classes = sorted(class_map, key=class_map.get)
-
-    def agree_on_classes(self, class_map: Mapping[str, int]) -> int:
-        """Classes of the data, on which the data itself, `data.num_classes` and `model.num_classes` must agree."""
-        found = {
-            "the data set": max(class_map.values()) + 1 if class_map else None,
-            "data.num_classes": self.data["num_classes"],
-            "model.num_classes": self.model["num_classes"],
-        }
-        known = {source: count for source, count in found.items() if count is not None}
-        if not known:
-            raise UserError(f"data.num_classes is not set, and data.name={self.data['name']} does not tell. Set it.")
-        if len(set(known.values())) > 1:
-            listed = ", ".join(f"{source} {count}" for source, count in known.items())
-            raise UserError(f"class counts differ: {listed}. Leave data.num_classes and model.num_classes at null.")
-        return next(iter(known.values()))
 
     def build_model(self) -> nn.Module:
         return self.prepare_for(build_model(self.model, self.num_classes))
@@ -121,9 +107,10 @@ class Classification(Task):
         labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
         return Step(loss, len(images), {"top1": 100 * (logits.argmax(dim=1) == labels).sum()})
 
-    def predict(self, model: nn.Module, images: Tensor) -> Tensor:
+    def score(self, metric: ClassificationMetric, model: nn.Module, images: Tensor, targets: Tensor) -> None:
         with self.autocast():
-            return model(self.normalize(images))
+            logits = model(self.normalize(images))
+        metric.update(logits, targets)
 
     def metric(self, confusion: bool = False) -> ClassificationMetric:
         names = self.classes + [str(index) for index in range(len(self.classes), self.num_classes)]

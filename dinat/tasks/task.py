@@ -79,6 +79,7 @@ class Task(ABC):
     for evaluation, the same with `open_validation` and `load_model`.
 
     Attributes:
+        name: as in `task=NAME`.
         headline: the figure that runs are ranked by; higher is better.
         labels: the figures of an evaluation in the order of the tables, and what people call them.
         classes: names of the classes in index order, once opened; may be empty where the data has none.
@@ -93,6 +94,7 @@ class Task(ABC):
         UserError: for what is wrong in these sections.
     """
 
+    name: ClassVar[str]
     headline: ClassVar[str]
     labels: ClassVar[dict[str, str]]
     classes: list[str]
@@ -106,6 +108,21 @@ class Task(ABC):
         self.autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32)
         self.share = {"rank": world.rank, "ranks": world.size, "workers": runtime["workers"]}
         self.share["pin_memory"] = world.device.type == "cuda"
+
+    def agree_on_classes(self, in_data: int | None) -> int:
+        """Classes of the data, on which the data itself, `data.num_classes` and `model.num_classes` must agree."""
+        found = {
+            "the data set": in_data,
+            "data.num_classes": self.data["num_classes"],
+            "model.num_classes": self.model["num_classes"],
+        }
+        known = {source: count for source, count in found.items() if count is not None}
+        if not known:
+            raise UserError(f"data.num_classes is not set, and data.name={self.data['name']} does not tell. Set it.")
+        if len(set(known.values())) > 1:
+            listed = ", ".join(f"{source} {count}" for source, count in known.items())
+            raise UserError(f"class counts differ: {listed}. Leave data.num_classes and model.num_classes at null.")
+        return next(iter(known.values()))
 
     @abstractmethod
     def open(self, *, seed: int, batch_size: int) -> None:
@@ -136,8 +153,8 @@ class Task(ABC):
         """The forward pass of a training batch, as the loader gave it."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, images: Any) -> Any:
-        """Predictions for the images of a batch, as the metric takes them."""
+    def score(self, metric: Metric, model: nn.Module, images: Any, targets: Any) -> None:
+        """Adds a validation batch, as the loader gave it, to the metric."""
 
     @abstractmethod
     def metric(self, confusion: bool = False) -> Metric:
@@ -160,9 +177,9 @@ class Task(ABC):
         return None
 
     def check_details(self, *, per_class: bool, confusion: bool) -> None:
-        """Raises UserError for details that there cannot be. Metrics with a confusion matrix have `confusion_matrix`."""
+        """Raises UserError for details that there cannot be; where there can, the metric has a `confusion_matrix`."""
         if confusion:
-            raise UserError(f"confusion=true: not with task={type(self).__name__.lower()}. Leave it out.")
+            raise UserError(f"confusion=true: not with task={self.name}. Leave it out.")
 
     def draw(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 - most tasks have nothing to draw
         """Writes predictions.png, where predictions are something to look at."""
