@@ -1,6 +1,7 @@
 """What the families share: the transformer block, the dilation policies, the change of a window."""
 
 import math
+import numbers
 import operator
 from collections.abc import Callable, Sequence
 
@@ -146,7 +147,7 @@ def resolve_dilations(
     Raises:
         ValueError: unknown policy, or a list that does not have the shape of `depths`.
     """
-    if isinstance(dilations, int):
+    if isinstance(dilations, numbers.Integral):
         return [[dilations] * depth for depth in depths]
     if isinstance(dilations, str):
         if dilations not in ("max", "gradual"):

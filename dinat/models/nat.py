@@ -8,6 +8,7 @@ Weights by SHI Labs, https://github.com/SHI-Labs/Neighborhood-Attention-Transfor
 """
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -250,7 +251,7 @@ class NAT(nn.Module):
         policy, sizes = self.dilation_policy, self._feature_sizes()
         if not self.isotropic:
             return resolve_dilations(policy, depths, kernel_sizes, sizes)
-        if not isinstance(policy, (int, str)):  # flat, or one list per level as in `self.dilations`
+        if not isinstance(policy, (numbers.Integral, str)):  # flat, or one list per level as in `self.dilations`
             policy = [[d[0] if isinstance(d, Sequence) and len(d) == 1 else d for d in policy]]
         return [[d] for d in resolve_dilations(policy, [sum(depths)], kernel_sizes[:1], sizes[:1])[0]]
 

@@ -10,6 +10,7 @@ An axis of `length` tokens falls into `dilation` groups of every d-th token.  In
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,11 +45,20 @@ class Neighborhood(NamedTuple):
         return cls(kernel_size, dilation, stride, tuple(map(bool, is_causal)))
 
 
-def _per_axis(name: str, value: int | Sequence[int], rank: int, kind: type) -> tuple:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
-    if len(values) != rank or not all(isinstance(v, int) for v in values):
+def per_axis(name: str, value: int | Sequence[int], rank: int, kind: type) -> tuple:
+    """An argument as one entry per axis: from one number or a sequence of them, of any integer type.
+
+    Raises:
+        ValueError: another number of entries than axes, or an entry is no integer; the message names the argument.
+    """
+    values = tuple(value) if isinstance(value, (tuple, list, Sequence)) else (value,) * rank
+    try:
+        entries = tuple(kind(v if isinstance(v, (bool, np.bool_)) else operator.index(v)) for v in values)
+    except TypeError:
+        entries = ()
+    if len(entries) != rank:
         raise ValueError(f"{name} must be one {kind.__name__} or {rank} of them (one per axis), got {value!r}")
-    return tuple(kind(v) for v in values)
+    return entries
 
 
 def make_neighborhood(
@@ -65,10 +75,10 @@ def make_neighborhood(
             `1 .. kernel_size`.
     """
     window = Neighborhood(
-        _per_axis("kernel_size", kernel_size, rank, int),
-        _per_axis("dilation", dilation, rank, int),
-        _per_axis("stride", stride, rank, int),
-        _per_axis("is_causal", is_causal, rank, bool),
+        per_axis("kernel_size", kernel_size, rank, int),
+        per_axis("dilation", dilation, rank, int),
+        per_axis("stride", stride, rank, int),
+        per_axis("is_causal", is_causal, rank, bool),
     )
     for axis, (k, d, s, _) in enumerate(zip(*window, strict=True)):
         if k < 1:

@@ -74,7 +74,8 @@ class _NeighborhoodAttention(nn.Module):
         (batch, *spatial, dim) to the same.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, or window arguments are out of range.
+        ValueError: `num_heads` does not divide `dim`, or window arguments are out of range; in `forward`, the input has
+            another layout, such as channels first.
     """
 
     rank: int
@@ -122,9 +123,9 @@ class _NeighborhoodAttention(nn.Module):
             nn.init.trunc_normal_(self.rpb, std=0.02)
         else:
             self.register_parameter("rpb", None)
-        self.attn_drop = attn_drop
+        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **factory)
-        self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0 else None
+        self.proj_drop = nn.Dropout(proj_drop)  # not called while idle: that takes microseconds
 
     @torch.jit.ignore
     def set_window(self, kernel_size: Ints, dilation: Ints = 1, stride: Ints = 1, is_causal: Bools = False) -> None:
@@ -133,6 +134,8 @@ class _NeighborhoodAttention(nn.Module):
         self.kernel_size, self.dilation, self.stride, self.is_causal = map(list, window)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            self._check_layout(x)
         padding = [0, 0]
         padded = False
         for axis in range(len(self.kernel_size), 0, -1):
@@ -142,7 +145,7 @@ class _NeighborhoodAttention(nn.Module):
         y = F.pad(x, padding) if padded else x
 
         if torch.jit.is_scripting():
-            assert not (self.training and self.attn_drop > 0), "attn_drop is not supported by TorchScript training"
+            assert not (self.training and self.attn_drop.p > 0), "attn_drop is not supported by TorchScript training"
             backend = self.backend
             y, _ = torch.ops.dinat_kernels.attention(
                 torch.unflatten(self.qkv(y), -1, (3, self.num_heads, self.head_dim)),
@@ -160,7 +163,15 @@ class _NeighborhoodAttention(nn.Module):
             for axis in range(1, x.dim() - 1):
                 y = y.narrow(axis, 0, x.shape[axis])
         y = self.proj(y)
-        return y if self.proj_drop is None else self.proj_drop(y)
+        return self.proj_drop(y) if self.proj_drop.p > 0 else y
+
+    @torch.jit.unused
+    def _check_layout(self, x: Tensor) -> None:
+        if x.dim() != self.rank + 2 or x.shape[-1] != self.dim:
+            axes = ", ".join("XYZ"[: self.rank])
+            raise ValueError(
+                f"x must be (batch, {axes}, dim), channels last, with dim={self.dim}, got shape {tuple(x.shape)}"
+            )
 
     @torch.jit.unused
     def _attend(self, x: Tensor) -> Tensor:
@@ -171,11 +182,11 @@ class _NeighborhoodAttention(nn.Module):
         if split:
             x, window = _split(x, dilation), window.undilated()
         qkv = torch.unflatten(self.qkv(x), -1, (3, self.num_heads, self.head_dim))
-        if self.training and self.attn_drop > 0:
+        if self.training and self.attn_drop.p > 0:
             if self.backend not in (None, "torch"):
                 raise RuntimeError(f'attn_drop needs backend None or "torch" in training, got backend={self.backend!r}')
             q, k, v = qkv.unbind(-3)
-            y, _ = unrolled.attention(q, k, v, self.rpb, window, self.scale, dropout_p=self.attn_drop)
+            y, _ = unrolled.attention(q, k, v, self.rpb, window, self.scale, dropout_p=self.attn_drop.p)
         else:
             y = attend(self.rank, qkv, None, None, window, self.scale, self.rpb, return_lse=False, backend=self.backend)
         y = y.flatten(-2)

@@ -4,9 +4,12 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from dinat_kernels import NeighborhoodAttention2d
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from torch.utils.flop_counter import FlopCounterMode
@@ -280,6 +283,17 @@ def test_wrong_dilations():
         timm.create_model("dinat_pico", num_heads=(1, 2), device="meta")
 
 
+def test_windows_from_configuration_files_and_arrays():
+    """Lists of OmegaConf, integers of numpy."""
+    expected = timm.create_model("dinat_pico", kernel_size=(3, 5, 3), dilations=[[1, 2], [1, 2], [1] * 6])
+    configured = OmegaConf.create(dict(kernel_size=[3, 5, 3], dilations=[[1, 2], [1, 2], [1] * 6]))
+    model = timm.create_model("dinat_pico", kernel_size=configured.kernel_size, dilations=configured.dilations)
+    assert [m.extra_repr() for m in model.modules()] == [m.extra_repr() for m in expected.modules()]
+    model = timm.create_model("dinat_pico", kernel_size=np.int64(3), dilations=np.int64(2), device="meta")
+    windows = {(*m.kernel_size, *m.dilation) for m in model.modules() if isinstance(m, NeighborhoodAttention2d)}
+    assert windows == {(3, 3, 2, 2)}
+
+
 def test_layer_decay_and_weight_decay_groups():
     model = timm.create_model("dinat_pico", num_classes=10)
     optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
@@ -324,7 +338,7 @@ def test_options_reach_their_modules():
         ls_init_value=1e-4,
     )
     last = model.levels[-1].blocks[-1]
-    assert (last.attn.proj_drop.p, last.attn.attn_drop, last.drop_path2.drop_prob) == (0.2, 0.3, pytest.approx(0.4))
+    assert (last.attn.proj_drop.p, last.attn.attn_drop.p, last.drop_path2.drop_prob) == (0.2, 0.3, pytest.approx(0.4))
     assert last.ls1.gamma[0].item() == pytest.approx(1e-4)
     assert model.head.drop.p == 0.1
     assert model(torch.randn(2, 1, 32, 48)).shape == (2, 7)

@@ -1,5 +1,7 @@
 """The window arithmetic against the definition's worked examples, and its errors."""
 
+from collections import deque
+
 import numpy as np
 import pytest
 from dinat_kernels.geometry import (
@@ -11,6 +13,7 @@ from dinat_kernels.geometry import (
     visible_pairs,
     visible_range,
 )
+from omegaconf import ListConfig
 
 
 def visible_keys(length: int, k: int, s: int, d: int, causal: bool) -> list[list[int]]:
@@ -77,9 +80,19 @@ def test_arguments_are_expanded_to_every_axis():
     assert window == Neighborhood((7, 7), (1, 2), (1, 1), (False, True))
 
 
+def test_arguments_of_any_sequence_and_integer_type():
+    expected = make_neighborhood(2, (7, 5), (1, 2), 3, (False, True))
+    given = ListConfig([7, 5]), deque([1, 2]), np.int32(3), (np.bool_(False), 1)
+    window = make_neighborhood(2, *given)
+    assert window == expected
+    assert {type(x) for axes in window[:3] for x in axes} == {int}
+    assert {type(x) for x in window.is_causal} == {bool}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (dict(kernel_size="33"), "kernel_size must be one int or 2 of them .* got '33'"),
         (dict(kernel_size=(3, 3, 3)), r"kernel_size must be one int or 2 of them .* \(3, 3, 3\)"),
         (dict(kernel_size=3.0), "kernel_size must be one int or 2"),
         (dict(kernel_size=0), "kernel_size must be at least 1, got 0 on axis 0"),

@@ -1,5 +1,6 @@
 """The layers: parameters, small-map padding, dropout, scripting."""
 
+import re
 import warnings
 
 import pytest
@@ -103,9 +104,20 @@ def test_attributes_are_what_counts():
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_input_of_another_rank(dilation):
-    with pytest.raises(ValueError, match=r"must be 5-dimensional, \(batch, X, Y, heads, dim\), got shape"):
-        NeighborhoodAttention2d(16, 2, 3, dilation)(torch.randn(2, 6, 6, 6, 16))
+@pytest.mark.parametrize("shape", [(2, 6, 6, 6, 16), (6, 6, 16), (2, 16, 6, 6)], ids=["3-D", "no batch", "NCHW"])
+def test_input_of_another_layout(dilation, shape):
+    message = r"x must be \(batch, X, Y, dim\), channels last, with dim=16, got shape " + re.escape(str(shape))
+    with pytest.raises(ValueError, match=message):
+        NeighborhoodAttention2d(16, 2, 3, dilation)(torch.randn(shape))
+
+
+def test_idle_dropout_is_there_and_not_called():
+    """Subclasses call both; our `forward` calls neither while their probability is 0."""
+    layer, x = NeighborhoodAttention2d(16, 2, 3), torch.randn(1, 6, 6, 16)
+    for dropout in (layer.attn_drop, layer.proj_drop):
+        torch.testing.assert_close(dropout(x), x, rtol=0, atol=0)
+        dropout.forward = None
+    layer(x)
 
 
 @pytest.mark.parametrize("rank", LAYERS)

@@ -1,8 +1,11 @@
-"""The layers of NATTEN 0.14: the bias is on unless `bias=False`."""
+"""The layers of NATTEN 0.14 and 0.15: the bias is on unless `bias=False`, a volume's first axis has its own window."""
 
 from __future__ import annotations
 
 from .. import modules
+from . import flops, weights
+from .fused import given
+from .release import Release, public
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -24,13 +27,14 @@ class _Layer:
             dim,
             num_heads,
             kernel_size,
-            dilation or 1,
+            given(dilation, 1),
             rel_pos_bias=bias,
             qkv_bias=qkv_bias,
             qk_scale=qk_scale,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
         )
+        self.window_size = self.kernel_size[-1] * self.dilation[-1]  # of the last axes, in tokens of the map
 
 
 class NeighborhoodAttention1D(_Layer, modules.NeighborhoodAttention1d):
@@ -42,7 +46,7 @@ class NeighborhoodAttention2D(_Layer, modules.NeighborhoodAttention2d):
 
 
 class NeighborhoodAttention3D(_Layer, modules.NeighborhoodAttention3d):
-    """`dinat_kernels.NeighborhoodAttention3d` with the arguments of NATTEN 0.14: the first axis has its own window."""
+    """`dinat_kernels.NeighborhoodAttention3d` with the arguments of NATTEN 0.15: the first axis has its own window."""
 
     def __init__(
         self,
@@ -55,6 +59,22 @@ class NeighborhoodAttention3D(_Layer, modules.NeighborhoodAttention3d):
         *args,
         **kwargs,
     ) -> None:
-        kernel_sizes = (kernel_size_d or kernel_size, kernel_size, kernel_size)
-        dilation = dilation or 1
-        super().__init__(dim, num_heads, kernel_sizes, (dilation_d or dilation, dilation, dilation), *args, **kwargs)
+        dilation = given(dilation, 1)
+        window = weights.depth_first(
+            given(kernel_size_d, kernel_size), kernel_size, given(dilation_d, dilation), dilation
+        )
+        super().__init__(dim, num_heads, *window, *args, **kwargs)
+        self.window_size_d = self.kernel_size[0] * self.dilation[0]
+
+
+LAYERS = public(globals())
+RELEASE = Release(
+    "0.14.6",
+    {
+        "natten": LAYERS,
+        "natten.flops": public(vars(flops)),
+        "natten.functional": public(vars(weights)),
+        "natten.natten1d": LAYERS,
+        "natten.natten2d": LAYERS,
+    },
+)

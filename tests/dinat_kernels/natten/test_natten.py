@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
 import types
@@ -11,7 +12,7 @@ import dinat_kernels
 import pytest
 import torch
 from dinat_kernels import natten
-from dinat_kernels.natten import functional, v0_14, v0_17
+from dinat_kernels.natten import functional, v0_14, v0_15, v0_17, weights
 from safetensors.torch import load_file
 from torch import nn
 
@@ -28,7 +29,7 @@ def golden() -> dict[str, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Several chunks of work even at the size of tests."""
-    monkeypatch.setattr(functional, "_CHUNK", 3000)
+    monkeypatch.setattr(weights, "_CHUNK", 3000)
 
 
 @pytest.fixture
@@ -134,19 +135,137 @@ def test_autocast():
     )
 
 
-def test_additional_tokens():
-    """Both interfaces, against dense attention where the window is the map."""
-    q, k, v = (torch.randn(2, 3, 5, 2, 8) for _ in range(3))
-    more_k, more_v = torch.randn(2, 4, 2, 8), torch.randn(2, 4, 2, 8)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("scale", [None, 0.7, 0.0])
+def test_additional_tokens(kv_heads, scale):
+    """Against dense attention where the window is the map; grouped queries, unlike sizes of keys and values."""
+    q, k, v = torch.randn(2, 3, 5, 4, 8), torch.randn(2, 3, 5, kv_heads, 8), torch.randn(2, 3, 5, kv_heads, 6)
+    more_k, more_v = torch.randn(2, 7, kv_heads, 8), torch.randn(2, 7, kv_heads, 6)
+    inputs = [x.requires_grad_() for x in (q, k, v, more_k, more_v)]
     keys, values = (torch.cat([x.flatten(1, 2), more], 1).transpose(1, 2) for x, more in ((k, more_k), (v, more_v)))
-    dense = nn.functional.scaled_dot_product_attention(q.flatten(1, 2).transpose(1, 2), keys, values)
-    dense = dense.transpose(1, 2).unflatten(1, (3, 5))
-    out = natten.na2d(q, k, v, (3, 5), additional_keys=more_k, additional_values=more_v)
-    torch.testing.assert_close(out, dense)
-    q, k, v, more_k, more_v = (heads_first(x) for x in (q, k, v, more_k, more_v))
-    attn = functional.na2d_qk(q * 8**-0.5, k, (3, 5), additional_keys=more_k).softmax(-1)
-    out = functional.na2d_av(attn, v, (3, 5), additional_values=more_v)
-    torch.testing.assert_close(out.movedim(1, -2), dense)
+    expected = nn.functional.scaled_dot_product_attention(
+        q.flatten(1, 2).transpose(1, 2), keys, values, scale=scale, enable_gqa=True
+    )
+    expected = expected.transpose(1, 2).unflatten(1, (3, 5))
+    factor = 8**-0.5 if scale is None else scale
+    logits = factor * q.flatten(1, 2).transpose(1, 2) @ keys.repeat_interleave(4 // kv_heads, 1).mT
+    expected_lse = logits.logsumexp(-1).transpose(1, 2).unflatten(1, (3, 5))
+    arguments = dict(scale=scale, additional_keys=more_k, additional_values=more_v)
+    out, lse = natten.na2d(q, k, v, (3, 5), **arguments, return_lse=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    torch.testing.assert_close(v0_17.na2d(q, k, v, (3, 5), **arguments), expected)
+    weights = torch.randn_like(out), torch.randn_like(lse)
+    grads = torch.autograd.grad((out, lse), inputs, weights)
+    expected_grads = torch.autograd.grad((expected, expected_lse), inputs, weights)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_additional_tokens_of_functions_with_weights(rank):
+    spatial = {1: (15,), 2: (3, 5), 3: (3, 5, 2)}[rank]
+    q, k, v = (torch.randn(2, 2, *spatial, 8) for _ in range(3))
+    more_k, more_v = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8)
+    keys, values = (torch.cat([x.flatten(2, -2), more], 2) for x, more in ((k, more_k), (v, more_v)))
+    dense = nn.functional.scaled_dot_product_attention(q.flatten(2, -2), keys, values).unflatten(2, spatial)
+    qk, av = getattr(functional, f"na{rank}d_qk"), getattr(functional, f"na{rank}d_av")
+    attn = qk(q * 8**-0.5, k, spatial, additional_keys=more_k).softmax(-1)
+    torch.testing.assert_close(av(attn, v, spatial, additional_values=more_v), dense)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [(6, 6), (5, 8), (8, 5)])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention(is_causal, lengths, kv_heads):
+    q, k, v = (
+        torch.randn(2, n, h, d)
+        for n, h, d in zip((*lengths, lengths[1]), (4, kv_heads, kv_heads), (8, 8, 6), strict=True)
+    )
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    logits = 0.3 * q.transpose(1, 2) @ k.transpose(1, 2).repeat_interleave(4 // kv_heads, 1).mT
+    if is_causal:
+        later = torch.arange(lengths[1]) > torch.arange(lengths[0])[:, None]
+        logits = logits.masked_fill(later, -torch.inf)
+    expected = (logits.softmax(-1) @ v.transpose(1, 2).repeat_interleave(4 // kv_heads, 1)).transpose(1, 2)
+    expected_lse = logits.logsumexp(-1).transpose(1, 2)
+    out, lse = natten.attention(q, k, v, is_causal, 0.3, return_lse=True, backend="cutlass-fmha", q_tile_size=64)
+    torch.testing.assert_close(natten.attention(q, k, v, is_causal, 0.3), expected)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    weights = torch.randn_like(out), torch.randn_like(lse)
+    grads = torch.autograd.grad((out, lse), (q, k, v), weights)
+    torch.testing.assert_close(grads, torch.autograd.grad((expected, expected_lse), (q, k, v), weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_merged_parts_are_the_whole(dtype):
+    """Three unequal parts of the keys, one of which dwarfs the others."""
+    q, k, v = torch.randn(1, 4, 2, 8, dtype=dtype), *torch.randn(2, 1, 9, 2, 8, dtype=dtype)
+    k[:, 2:5] *= 12
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    parts = [natten.attention(q, k[:, a:b], v[:, a:b], return_lse=True) for a, b in ((0, 2), (2, 5), (5, 9))]
+    out, lse = natten.merge_attentions(*map(list, zip(*parts, strict=True)))
+    expected = natten.attention(q, k, v, return_lse=True)
+    tolerance = dict(atol=2e-2, rtol=2e-2) if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close((out, lse), expected, **tolerance)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+    if dtype != torch.bfloat16:
+        weights = torch.randn_like(out), torch.randn_like(lse)
+        grads, expected_grads = (torch.autograd.grad(x, (q, k, v), weights) for x in ((out, lse), expected))
+        torch.testing.assert_close(grads, expected_grads)
+
+
+def test_autocast_of_full_attention():
+    q, k, v = torch.randn(3, 1, 6, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = natten.attention(q, k, v, return_lse=True)
+        near = natten.na1d(q, k, v, 3, additional_keys=k, additional_values=v)
+    assert (out.dtype, near.dtype, lse.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    torch.testing.assert_close(out.float(), natten.attention(q, k, v), atol=3e-2, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_na_with_weights_has_unlike_windows_per_axis(rank):
+    """Against the operator, which is held to the definition: dilation (1, 2, 2) and others that differ."""
+    spatial, kernel_size, dilation = (5, 8, 7)[:rank], (4, 3, 2)[:rank], (1, 2, 3)[:rank]
+    q, k, v = (torch.randn(1, *spatial, 2, 4) for _ in range(3))
+    expected = getattr(dinat_kernels, f"na{rank}d")(q, k, v, kernel_size, dilation=dilation)
+    torch.testing.assert_close(old_style(rank, q, k, v, kernel_size, dilation, is_causal=False), expected)
+    torch.testing.assert_close(getattr(natten, f"na{rank}d")(q, k, v, kernel_size, None, dilation, None), expected)
+    torch.testing.assert_close(getattr(v0_17, f"na{rank}d")(q, k, v, kernel_size, dilation, None), expected)
+
+
+def test_volumes_whose_first_axis_has_its_own_window():
+    """natten3d* and 0.15's na3d_*: kernel sizes and dilations are (depth, other axes)."""
+    q, k, v = torch.randn(3, 1, 2, 5, 8, 8, 4)
+    rpb = torch.randn(2, 9, 5, 5)
+    more_k, more_v = torch.randn(2, 1, 2, 3, 4)
+    window = (5, 3, 3), (1, 2, 2)
+    scores = functional.na3d_qk(q, k, *window, rpb=rpb)
+    plain = functional.na3d_qk(q, k, *window)
+    more = functional.na3d_qk(q, k, *window, more_k)
+    out = functional.na3d_av(more, v, *window, more_v)
+    apart = (5, 3, 1, 2)
+    equal = dict(atol=0, rtol=0)
+    torch.testing.assert_close(functional.natten3dqkrpb(q, k, rpb, *apart), scores, **equal)
+    torch.testing.assert_close(v0_15.na3d_qk_with_bias(q, k, rpb, *apart), scores, **equal)
+    torch.testing.assert_close(functional.natten3dqk(q, k, *apart), plain, **equal)
+    torch.testing.assert_close(v0_15.na3d_qk(q, k, *apart, additional_keys=more_k), more, **equal)
+    torch.testing.assert_close(v0_15.na3d_qk_with_bias(q, k, None, *apart, more_k), more, **equal)
+    torch.testing.assert_close(functional.natten3dav(more, v, *apart, more_v), out, **equal)
+    torch.testing.assert_close(v0_15.na3d_av(more, v, *apart, additional_values=more_v), out, **equal)
+    expected = dinat_kernels.na3d(*(x.movedim(1, -2) for x in (q, k, v)), *window[:1], dilation=window[1], rpb=rpb)
+    scaled = functional.natten3dqkrpb(q * 0.5, k, rpb, *apart).softmax(-1)
+    torch.testing.assert_close(functional.natten3dav(scaled, v, *apart).movedim(1, -2), expected)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_bias_in_the_words_of_0_15(rank):
+    q, k = torch.randn(2, 1, 2, *(7, 9)[:rank], 4)
+    bias, more = torch.randn(2, *[5] * rank), torch.randn(1, 2, 3, 4)
+    scores = getattr(v0_15, f"na{rank}d_qk_with_bias")(q, k, bias=bias, kernel_size=3, dilation=2, additional_keys=more)
+    expected = getattr(functional, f"na{rank}d_qk")(q, k, 3, 2, more, rpb=bias)
+    torch.testing.assert_close(scores, expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -168,10 +287,53 @@ def test_layers_of_all_versions(rank):
     assert getattr(v0_14, name)(16, 2, 3, bias=False).rpb is None
 
 
-def test_3d_layer_of_0_14_has_its_own_window_in_depth():
-    layer = v0_14.NeighborhoodAttention3D(16, 2, 3, kernel_size_d=5, dilation=2, dilation_d=1)
+def test_3d_layer_of_0_15_has_its_own_window_in_depth():
+    layer = v0_15.NeighborhoodAttention3D(16, 2, 3, kernel_size_d=5, dilation=2, dilation_d=1)
     assert (layer.kernel_size, layer.dilation) == ([5, 3, 3], [1, 2, 2])
+    assert (layer.window_size, layer.window_size_d) == (6, 5)
     assert layer.rpb.shape == (2, 9, 5, 5)
+    layer = v0_15.NeighborhoodAttention3D(16, 2, 3, 5, 2)
+    assert (layer.kernel_size, layer.dilation) == ([5, 3, 3], [2, 2, 2])
+
+
+LAYERS = [getattr(v, f"NeighborhoodAttention{rank}D") for v in (v0_14, v0_15, v0_17, natten) for rank in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer.__module__[-5:]}-{layer.__name__[-2:]}")
+def test_a_dilation_of_none_is_1_and_0_is_refused(layer):
+    assert set(layer(16, 2, 3, dilation=None).dilation) == {1}
+    with pytest.raises(ValueError, match="dilation must be at least 1, got 0 on axis"):
+        layer(16, 2, 3, dilation=0)
+    with pytest.raises(ValueError, match="kernel_size must be at least 1, got 0 on axis"):
+        layer(16, 2, 0)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer.__module__[-5:]}-{layer.__name__[-2:]}")
+def test_arguments_of_layers_reach_their_place(layer):
+    """All that the generation has, each with a value of its own, in their order as well as by name."""
+    names = list(inspect.signature(layer).parameters)
+    values = dict(kernel_size=3, dilation=2, qkv_bias=False, qk_scale=0.25, attn_drop=0.125, proj_drop=0.5)
+    values |= dict(stride=3, is_causal=True, kernel_size_d=5, dilation_d=1)
+    if layer.__module__[-5:] != "v0_17":  # where a bias and causal axes exclude each other
+        values |= dict(rel_pos_bias=True, bias=False)
+    values |= dict(use_experimental_ops=True)
+    if "args" in names:  # volumes of 0.15 name the arguments that come before those of all ranks
+        names = [*names[:-2], "bias", "qkv_bias", "qk_scale", "attn_drop", "proj_drop"]
+    by_name = layer(16, 2, **{name: values[name] for name in names[2:] if name in values})
+    in_order = layer(16, 2, *[values.get(name, False) for name in names[2:]])
+    for made in (by_name, in_order):
+        volume_of_0_15 = "kernel_size_d" in names
+        assert made.kernel_size[0] == (5 if volume_of_0_15 else 3)
+        assert set(made.kernel_size[volume_of_0_15:]) == {3}
+        assert made.dilation[0] == (1 if volume_of_0_15 else 2)
+        assert set(made.dilation[volume_of_0_15:]) == {2}
+        assert set(made.stride) == {3 if "stride" in names else 1}
+        assert set(made.is_causal) == {"is_causal" in names}
+        assert made.qkv.bias is None
+        assert made.scale == 0.25
+        assert made.attn_drop.p == (0.125 if "attn_drop" in names else 0)
+        assert made.proj_drop.p == 0.5
+        assert made.rpb is None
 
 
 def test_oneformer(uninstalled):
@@ -230,7 +392,7 @@ def test_dilation_and_stride_change_places_between_versions(uninstalled):
         natten.install(version)
         na1d = importlib.import_module("natten.functional").na1d
         torch.testing.assert_close(na1d(q, k, v, 3, 2), dinat_kernels.na1d(q, k, v, 3, **{keyword: 2}))
-        assert importlib.import_module("natten").na1d is na1d
+    assert importlib.import_module("natten").na1d is na1d  # in 0.17, that is a module
 
 
 @pytest.mark.skipif(importlib.util.find_spec("natten") is not None, reason="NATTEN is installed")
@@ -264,7 +426,7 @@ Q = torch.randn(1, 2, 6, 7, 4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: natten.install("0.13"), "version must be one of '0.14', '0.17', '0.21', got '0.13'"),
+        (lambda: natten.install("0.13"), "version must be one of '0.14', '0.15', '0.17', '0.21', got '0.13'"),
         (lambda: functional.na2d_qk(Q[0], Q[0], 3), r"query must be 5-dimensional, \(batch, heads, X, Y, dim\)"),
         (lambda: functional.na2d_qk(Q, Q[..., :5, :], 3), "key must have the batch, heads and spatial sizes of query"),
         (lambda: functional.na2d_qk(Q, Q[..., :2], 3), "key must have the head_dim of query, 4, got 2"),
@@ -274,6 +436,31 @@ Q = torch.randn(1, 2, 6, 7, 4)
         (lambda: functional.na2d_av(Q, Q, 3), "attn must have 9 weights per token, got 4"),
         (lambda: natten.na2d(Q[0, 0, 0], Q, Q, 3), "query must have 4 to 6 dimensions"),
         (lambda: natten.na2d(Q, Q, Q, 3, additional_keys=Q), "must be given together"),
+        (lambda: natten.na2d(Q, Q, Q, 1, dilation=0), "dilation must be at least 1, got 0"),
+        (lambda: functional.na2d_qk(Q, Q, 3, 0), "dilation must be at least 1, got 0"),
+        (lambda: functional.natten3dqk(Q[None], Q[None], 1, 1, 0, 1), "dilation must be at least 1, got 0 on axis 0"),
+        (lambda: natten.na2d(Q, Q, Q, 1, backend="cutlas-fna"), "backend must be None or one of .* got 'cutlas-fna'"),
+        (
+            lambda: natten.na2d(Q, Q, Q, 1, additional_keys=Q[0, :, 0], additional_values=Q[0]),
+            r"additional_keys must be \(batch, tokens, heads, dim\) = \(1, 7, 7, 4\), got \(2, 7, 4\)",
+        ),
+        (
+            lambda: natten.na2d(Q, Q, Q, 1, additional_keys=Q[:, 0, :, :6], additional_values=Q[:, 0]),
+            r"additional_keys must be .* = \(1, 6, 7, 4\)",
+        ),
+        (lambda: natten.attention(Q, Q, Q), r"query must be 4-dimensional, \(batch, tokens, heads, dim\)"),
+        (lambda: natten.attention(Q[0], Q[0], Q[0, :, :3]), "value the tokens and heads of key"),
+        (
+            lambda: natten.attention(Q[0], Q[0], Q[0], seqlens_Q=Q),
+            "seqlens_Q: sequences packed into one are not served",
+        ),
+        (lambda: natten.merge_attentions([Q], [Q[..., 0]]), "two or more, and as many, got 1 outputs"),
+        (lambda: natten.merge_attentions([Q, Q], [Q[..., 0], Q]), "without dim, .* at 1"),
+        (
+            lambda: natten.merge_attentions([Q.clone().requires_grad_(), Q], [Q[..., 0]] * 2),
+            r"lse_tensors\[0\] has no gradient",
+        ),
+        (lambda: v0_17.na2d(Q, Q, Q, 1, xformers_kwargs=dict(attn_bias=Q)), "xformers_kwargs .* got 'attn_bias'"),
     ],
 )
 def test_bad_input(call, message):
@@ -287,6 +474,11 @@ def test_tuning_arguments_are_ignored_and_unknown_ones_refused():
     torch.testing.assert_close(tuned, natten.na2d(q, q, q, 3))
     with pytest.raises(TypeError, match="'tile'"):
         natten.na2d(q, q, q, 3, tile=1)
+    with pytest.raises(TypeError, match="'tile'"):
+        natten.attention(q[0], q[0], q[0], tile=1)
+    more = dict(additional_keys=q[:, 0], additional_values=q[:, 0], attention_kwargs=dict(tile=1))
+    with pytest.raises(TypeError, match="'tile'"):
+        natten.na2d(q, q, q, 3, **more)
 
 
 def test_memory_is_linear(monkeypatch):
@@ -303,7 +495,7 @@ def test_memory_is_linear(monkeypatch):
                     self.numel = max(self.numel, x.numel())
             return result
 
-    monkeypatch.setattr(functional, "_CHUNK", 1 << 16)
+    monkeypatch.setattr(weights, "_CHUNK", 1 << 16)
     for side in (32, 64):
         q = torch.randn(1, 1, side, side, 8, requires_grad=True)
         rpb = torch.randn(1, 13, 13, requires_grad=True)
