@@ -61,7 +61,16 @@ def na3d_qk_with_bias(
     return natten3dqkrpb(query, key, bias, kernel_size_d, kernel_size, dilation_d, dilation, additional_keys)
 
 
-_SWITCHES = public(vars(switches))
+# Not "fused_na", which came with the functions that it stands for.
+_KINDS = ["gemm", "tf32_gemm", "fp32_gemm", "fp64_gemm", "cuda", "half", "bfloat"]
+_SWITCHES = {
+    name: getattr(switches, name)
+    for name in (
+        "get_device_cc",
+        *(f"has_{kind}" for kind in _KINDS),
+        *(f"{turn}_{switch}" for turn in ("enable", "disable") for switch in ("tf32", "tiled_na", "gemm_na")),
+    )
+}
 RELEASE = Release(
     "0.15.1",
     {
