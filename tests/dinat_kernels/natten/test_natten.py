@@ -296,7 +296,7 @@ def test_3d_layer_of_0_15_has_its_own_window_in_depth():
     assert (layer.kernel_size, layer.dilation) == ([5, 3, 3], [2, 2, 2])
 
 
-LAYERS = [getattr(v, f"NeighborhoodAttention{rank}D") for v in (v0_14, v0_15, v0_17, natten) for rank in (1, 2, 3)]
+LAYERS = [getattr(v, f"NeighborhoodAttention{rank}D") for v in (v0_14, v0_17, natten) for rank in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer.__module__[-5:]}-{layer.__name__[-2:]}")
@@ -310,30 +310,22 @@ def test_a_dilation_of_none_is_1_and_0_is_refused(layer):
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer.__module__[-5:]}-{layer.__name__[-2:]}")
 def test_arguments_of_layers_reach_their_place(layer):
-    """All that the generation has, each with a value of its own, in their order as well as by name."""
+    """All that the generation has, each with a value of its own, by name and in NATTEN's order."""
     names = list(inspect.signature(layer).parameters)
-    values = dict(kernel_size=3, dilation=2, qkv_bias=False, qk_scale=0.25, attn_drop=0.125, proj_drop=0.5)
-    values |= dict(stride=3, is_causal=True, kernel_size_d=5, dilation_d=1)
-    if layer.__module__[-5:] != "v0_17":  # where a bias and causal axes exclude each other
-        values |= dict(rel_pos_bias=True, bias=False)
+    if "args" in names:  # volumes of 0.15: what follows is as in other ranks
+        names[names.index("args") :] = "bias", "qkv_bias", "qk_scale", "attn_drop", "proj_drop"
+    values = dict(kernel_size=3, dilation=2, stride=3, is_causal=True, bias=False, rel_pos_bias=False, qkv_bias=False)
+    values |= dict(qk_scale=0.25, attn_drop=0.125, proj_drop=0.5, kernel_size_d=5, dilation_d=1)
     values |= dict(use_experimental_ops=True)
-    if "args" in names:  # volumes of 0.15 name the arguments that come before those of all ranks
-        names = [*names[:-2], "bias", "qkv_bias", "qk_scale", "attn_drop", "proj_drop"]
-    by_name = layer(16, 2, **{name: values[name] for name in names[2:] if name in values})
-    in_order = layer(16, 2, *[values.get(name, False) for name in names[2:]])
-    for made in (by_name, in_order):
-        volume_of_0_15 = "kernel_size_d" in names
-        assert made.kernel_size[0] == (5 if volume_of_0_15 else 3)
-        assert set(made.kernel_size[volume_of_0_15:]) == {3}
-        assert made.dilation[0] == (1 if volume_of_0_15 else 2)
-        assert set(made.dilation[volume_of_0_15:]) == {2}
+    first = ([5], [1]) if "kernel_size_d" in names else ([3], [2])
+    for made in (layer(16, 2, **{n: values[n] for n in names[2:]}), layer(16, 2, *[values[n] for n in names[2:]])):
+        others = made.rank - 1
+        assert (made.kernel_size, made.dilation) == (first[0] + [3] * others, first[1] + [2] * others)
         assert set(made.stride) == {3 if "stride" in names else 1}
         assert set(made.is_causal) == {"is_causal" in names}
-        assert made.qkv.bias is None
-        assert made.scale == 0.25
+        assert made.qkv.bias is made.rpb is None
+        assert (made.scale, made.proj_drop.p) == (0.25, 0.5)
         assert made.attn_drop.p == (0.125 if "attn_drop" in names else 0)
-        assert made.proj_drop.p == 0.5
-        assert made.rpb is None
 
 
 def test_oneformer(uninstalled):
