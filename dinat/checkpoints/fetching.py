@@ -9,14 +9,17 @@ import hashlib
 import logging
 import os
 import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urldefrag, urlparse
+from urllib.request import getproxies, proxy_bypass
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_download
+import huggingface_hub.constants
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, WeakFileLock
 from timm.models import PretrainedCfg
@@ -45,6 +48,10 @@ class HubFile:
 
     def __str__(self) -> str:
         return f"Hugging Face hub {self.repo}"
+
+    @property
+    def address(self) -> str:
+        return hf_hub_url(hf_split(self.repo)[0], self.filename or HUB_FILES[0])
 
     def cached(self, cache_dir: str | Path | None, sha256: str | None) -> Path | None:
         """The verified file of the cache, None if there is none."""
@@ -90,6 +97,10 @@ class UrlFile:
     filename: str
 
     def __str__(self) -> str:
+        return self.address
+
+    @property
+    def address(self) -> str:
         return urldefrag(self.url).url
 
     def cached(self, cache_dir: str | Path | None, sha256: str | None) -> Path | None:
@@ -211,6 +222,8 @@ def download(
     for cached in (False,) if force else (True, False):
         for place in places:
             try:
+                if not cached:
+                    find_host(place.address)
                 path = (place.cached if cached else place.download)(cache_dir, sha256)
             except Exception as error:  # of the network, the server, the disk or the file
                 failures.append(f"{place}: {_reason(error)}")
@@ -222,6 +235,23 @@ def download(
     raise CheckpointError("no source has the weights:" + "".join(f"\n  {failure}" for failure in failures))
 
 
+def find_host(address: str) -> None:
+    """Raises OSError where the host of an address cannot be resolved: huggingface_hub would try for half a minute.
+
+    What goes through a proxy is the proxy's to resolve, and offline mode needs no host.
+    """
+    url = urlparse(address)
+    proxied = {url.scheme, "all"} & getproxies().keys() and not proxy_bypass(url.netloc)
+    if proxied or huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        socket.getaddrinfo(url.hostname, url.port or url.scheme)
+    except socket.gaierror as error:
+        raise OSError(
+            f"the host {url.hostname} cannot be resolved ({error.strerror}); is this machine offline?"
+        ) from error
+
+
 def _reason(error: Exception) -> str:
     """One line; huggingface_hub hides what happened behind general advice."""
     if isinstance(error, (LocalEntryNotFoundError, ValueError)):
@@ -230,7 +260,7 @@ def _reason(error: Exception) -> str:
 
 
 def pretrained_overlay(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> dict[str, Any]:
-    """What to overlay on a timm pretrained_cfg so that timm loads its weights as a local file.
+    """What to overlay on a timm pretrained_cfg so that timm has the model load its weights from a local file.
 
     Downloads and verifies, and reads the number of classes and the image's channels from the file. Empty for what timm
     gets itself: a state dict, `hf-hub:` and `local-dir:` models, and no weights at all.
@@ -244,6 +274,7 @@ def pretrained_overlay(cfg: PretrainedCfg, cache_dir: str | Path | None = None) 
     shape = Shape.of(to_native(read_checkpoint(path)))
     return {
         "file": str(path),
+        "custom_load": True,  # by the model's `load_pretrained`: timm itself would go by the name of the file
         "num_classes": shape.num_classes,
         "input_size": (shape.in_chans, *cfg.input_size[1:]),
     }

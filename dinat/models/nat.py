@@ -19,6 +19,7 @@ from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
     generate_default_cfgs,
+    load_pretrained,
     named_apply,
     register_model,
     register_model_deprecations,
@@ -294,6 +295,12 @@ class NAT(nn.Module):
         update_model_input_size(self, self.img_size, kernel_size=kernel_size, dilations=dilations)
 
     @torch.jit.ignore
+    def load_pretrained(self, path: str) -> None:
+        """Load a weights file of any known layout, read by us and adapted by timm; called by timm for `custom_load`."""
+        cfg = self.pretrained_cfg | {"state_dict": checkpoints.read_checkpoint(path)}
+        load_pretrained(self, cfg, self.num_classes, self.in_chans, checkpoint_filter_fn)
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {"*.rpb"}
 
@@ -428,7 +435,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
 def create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
     """Build a model; `kwargs` are those of `NAT` and of timm's `build_model_with_cfg` (`features_only`, ...).
 
-    Published weights are found by `dinat.checkpoints`, and loaded by timm as a file.
+    Published weights are found and read by `dinat.checkpoints`, and loaded by timm.
     """
     feature_cfg = {"out_indices": tuple(range(len(kwargs["depths"]))), "flatten_sequential": True}
     if kwargs.get("isotropic"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import timm
 from omegaconf import OmegaConf
-from timm.models import get_pretrained_cfg, load_state_dict, save_for_hf
+from timm.models import get_pretrained_cfg, save_for_hf
 from torch import Tensor, nn
 
 from dinat import checkpoints
@@ -72,8 +72,8 @@ def load_weights(
 ) -> None:
     """Loads weights from a file into `model`, all of them or, with `reset_head`, all but the classifier's.
 
-    Reads what timm reads (.safetensors, .pth; `state_dict`, `state_dict_ema`, `module.` and so on) and the run folders
-    and checkpoints of this package; other layouts go through the model file's `checkpoint_filter_fn`.
+    Reads what `dinat.checkpoints.read_checkpoint` reads, and the run folders of this package; other layouts go through
+    the model file's `checkpoint_filter_fn`.
 
     Args:
         use_ema: prefer the averaged weights where a checkpoint has both.
@@ -84,9 +84,9 @@ def load_weights(
     """
     path = find_weights(path, key)
     try:
-        state = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
-    except Exception as error:  # a damaged file surfaces as anything from EOFError to UnpicklingError
-        raise UserError(f"{key}={path}: not a readable checkpoint: {error}") from error
+        state = checkpoints.read_checkpoint(path, use_ema)
+    except CheckpointError as error:
+        raise UserError(f"{key}={error}") from error
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     own = model.state_dict()
     if convert and state.keys() != own.keys():

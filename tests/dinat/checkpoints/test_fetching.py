@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,11 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
-from huggingface_hub.utils import close_session
 from safetensors.torch import save
 from timm.models import PretrainedCfg
 
 from dinat.checkpoints import download, sources
+from dinat.checkpoints.fetching import find_host
 from dinat.errors import CheckpointError
 
 ARCHITECTURE = dict(img_size=16, embed_dim=8, depths=(1, 2), num_heads=(1, 2), stem_stride=2)
@@ -129,6 +130,44 @@ def test_refused_connection_is_named(hub, load, monkeypatch):
     )
     with pytest.raises(CheckpointError, match=r"hub shi/tiny: .*[Cc]onnection refused"):
         load()
+
+
+@pytest.fixture
+def unresolved(monkeypatch) -> list[str]:
+    """No host has an address but this machine; the hosts that were asked for."""
+    asked, resolve = [], socket.getaddrinfo
+
+    def getaddrinfo(host, *rest, **options):
+        if host in ("127.0.0.1", "localhost"):
+            return resolve(host, *rest, **options)
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return asked
+
+
+def test_a_host_that_cannot_be_resolved_is_passed_over_at_once(hub, load, state, unresolved, monkeypatch, caplog):
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "https://hub.test/{repo_id}/{filename}"
+    )
+    hub.files = {FILE: saved(state)}
+    assert same(load(), state)
+    assert unresolved == ["hub.test"]  # once: no attempt after the first
+    (warning,) = [record.message for record in caplog.records]
+    assert "because of Hugging Face hub shi/tiny: the host hub.test cannot be resolved (Name or service" in warning
+    with pytest.raises(CheckpointError, match=r"(?s)hub\.test cannot be.*tiny\.pth: the host shi\.test cannot be"):
+        load(overlay=dict(url="https://shi.test/tiny.pth"))
+    assert unresolved == ["hub.test", "hub.test", "shi.test"]
+
+
+def test_hosts_behind_a_proxy_are_not_ours_to_resolve(unresolved, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    find_host("https://hub.test/tiny")
+    monkeypatch.setenv("no_proxy", "hub.test")
+    with pytest.raises(OSError, match=r"hub\.test cannot be resolved"):
+        find_host("https://hub.test/tiny")
+    assert unresolved == ["hub.test"]
 
 
 @pytest.mark.parametrize(
@@ -315,7 +354,7 @@ def test_the_publisher_gets_no_hub_token(hub, load, state, monkeypatch):
     assert {token for path, token in seen if path.startswith("/shi/")} == {"Bearer hf_secret"}
 
 
-def test_offline_without_a_cache(hub, load, state, monkeypatch):
+def test_offline_without_a_cache(hub, load, state, monkeypatch, close_session):
     hub.files = {HUB: saved(state), FILE: saved(state)}
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     close_session()  # which fixes the mode
