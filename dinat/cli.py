@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -88,7 +89,7 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def explain(error: Exception) -> str:
-    """Hydra's message about a command line, with the nearest key where one does not exist."""
+    """Hydra's message about a command line: the nearest name where one does not exist, the quotes where they lack."""
     message = str(error).split("\nConfig search path")[0]
     if missing := re.match(r"Could not override '([^']+)'", message):
         key = missing[1]
@@ -96,7 +97,26 @@ def explain(error: Exception) -> str:
             f"{key}: no such configuration key.{nearest(key, known_keys())} "
             f"To add one to a free-form section such as model.kwargs, write +{key}=..."
         )
+    if isinstance(error, MissingConfigException) and error.options and "/" in (error.missing_cfg_file or ""):
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        known = f" Known: {', '.join(error.options)}."
+        return f"{group}={name}: no such choice.{nearest(name, error.options) or known}"
+    if isinstance(error, OverrideParseException) and (right := quoted(error.override)):
+        return f"{error.override}: the value has characters that need quotes. Write {shlex.quote(right)}"
     return message
+
+
+def quoted(override: str) -> str | None:
+    """An override that Hydra cannot parse, with its value in quotes; None where they are not what it lacks."""
+    key, _, value = override.partition("=")
+    if not value:
+        return None
+    escaped = re.sub(r'(\\*)("|$)', lambda match: 2 * match[1] + match[2].replace('"', r"\""), value)
+    try:
+        meant = OverridesParser.create().parse_override(f'{key}="{escaped}"').value()
+    except OverrideParseException:
+        return None
+    return f'{key}="{escaped}"' if meant == value else None
 
 
 def known_keys() -> list[str]:

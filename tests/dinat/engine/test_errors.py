@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from dinat import cli
 from dinat.engine import evaluate, train
 from dinat.engine.checkpoint import read_checkpoint
 from dinat.engine.training import Trainer
@@ -235,12 +237,30 @@ def test_misspelt_key(python, command_line):
     assert "Traceback" not in done.stderr
 
 
-def test_misspelt_group_option(python):
-    done = python("train.py", "data=digit")
-    assert done.returncode == 2
-    assert "Could not find 'data/digit'" in done.stderr
-    assert "digits" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["experiment=dinat_tinny"], "experiment=dinat_tinny: no such choice. Did you mean dinat_tiny, "),
+        (["data=xyz"], "data=xyz: no such choice. Known: as_trained, cifar10, "),
+        (["data.root=/data/图像"], "Write 'data.root=\"/data/图像\"'"),
+        (["checkpoint=runs/epoch=3.ckpt"], "Write 'checkpoint=\"runs/epoch=3.ckpt\"'"),
+        (["+model.kwargs.x={a"], "+model.kwargs.x={a: the value has characters that need quotes. Write"),
+        (["batch_size"], "missing EQUAL"),  # Hydra's own words, where quotes are not what lacks
+    ],
+)
+def test_misspelt_command_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        cli.train()
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize("value", ["/data/图像", "epoch=3.ckpt", 'a="b"', "a b\\", '\\"', "it's = that"])
+def test_the_quotes_that_are_advised_give_the_value(value):
+    override = OverridesParser.create().parse_override(cli.quoted(f"data.root={value}"))
+    assert (override.key_or_group, override.value()) == ("data.root", value)
 
 
 def test_one_message_and_status_2(python, command_line, tmp_path):
