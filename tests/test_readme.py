@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from dinat.data.digits import Digits
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -46,6 +48,16 @@ def test_model_table(published):
         if model["published"]["imagenet1k_top1"] is not None
     }
     assert {name: tuple(row) for name, *row in rows} == facts
+
+
+def test_accuracy_of_the_default_job():
+    """README and configuration say the same, and the percentages are those of the numbers of images."""
+    comment = (ROOT / "configs" / "experiment" / "digits.yaml").read_text().replace("\n#", "")
+    least, most, images = map(int, re.search(r"(\d+) to (\d+) of the (\d+) images", comment).groups())
+    assert images == len(Digits("validation"))
+    claim = f"{100 * least / images:.1f} to {100 * most / images:.1f} % top-1, depending on seed and machine"
+    assert claim in comment
+    assert claim in README
 
 
 def test_links_lead_somewhere():
