@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants
+import huggingface_hub.utils
 import pytest
 import torch
 
@@ -86,6 +87,13 @@ def server() -> Iterator[Server]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def close_session() -> Callable[[], None]:
+    """Ends huggingface_hub's session, which keeps the mode and the proxies that it began with."""
+    # the name before huggingface_hub 1
+    return getattr(huggingface_hub.utils, "close_session", None) or huggingface_hub.utils.reset_sessions
 
 
 @pytest.fixture

@@ -99,7 +99,8 @@ def test_attributes_are_what_counts():
     expected = NeighborhoodAttention2d(16, 2, 3, (2, 1), qk_scale=0.5)
     expected.load_state_dict(layer.state_dict())
     torch.testing.assert_close(layer(x), expected(x))
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         torch.testing.assert_close(torch.jit.script(layer)(x), expected(x))
 
 

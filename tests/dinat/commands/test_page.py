@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from huggingface_hub.utils import close_session
 from PIL import Image
 
 from dinat.commands import weights
@@ -31,7 +30,7 @@ def sessions():
 
 
 @pytest.fixture
-def workplace(hub, published_weights, tmp_path, monkeypatch):
+def workplace(hub, published_weights, tmp_path, monkeypatch, close_session):
     """What the page assumes: a hub with the weights of dinat_mini, a published file, photographs."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # the publisher is out of reach
