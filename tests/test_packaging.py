@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,22 +22,40 @@ def run_python(script: str, cwd: Path = ROOT, **environment: str) -> str:
     return run.stdout.strip()
 
 
-def source_files() -> list[str]:
-    """Paths of what git tracks, or would if it were added."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+def source_files(root: Path = ROOT) -> list[str]:
+    """Paths of what git tracks: not what else a checkout holds, such as virtual environments under any name."""
+    command = ["git", "ls-files", "--cached"]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def copy_sources(root: Path, copy: Path) -> None:
+    for name in source_files(root):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, copy / name)
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy: setuptools leaves its build folder beside the sources."""
     copy = tmp_path_factory.mktemp("source")
-    for name in source_files():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, copy / name)
+    copy_sources(ROOT, copy)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", str(copy)]
     subprocess.run(command, check=True, capture_output=True)
     return next((copy / "dist").glob("*.whl"))
+
+
+def test_an_environment_in_the_checkout_is_no_source(tmp_path):
+    root = tmp_path / "checkout"
+    (root / "package").mkdir(parents=True)
+    (root / "package" / "module.py").touch()
+    subprocess.run(["git", "init", "-q"], cwd=root, check=True)
+    subprocess.run(["git", "add", "."], cwd=root, check=True)
+    for name in ("venv", "env", "my environment"):
+        (root / name / "lib").mkdir(parents=True)
+        (root / name / "lib64").symlink_to("lib")
+        (root / name / "pyvenv.cfg").touch()
+    copy_sources(root, tmp_path / "copy")
+    assert [path.name for path in (tmp_path / "copy").rglob("*") if path.is_file()] == ["module.py"]
 
 
 def test_wheel_is_pure_and_holds_exactly_two_packages(wheel):
@@ -56,6 +76,17 @@ def test_wheel_holds_every_source_and_configuration(wheel):
             expected.add(f"dinat/{name}")
     assert expected
     assert expected == {name for name in names if ".dist-info/" not in name}
+
+
+def test_every_dependency_has_a_lower_bound(wheel):
+    """So that the lowest versions that an installer may choose are those that `.ci/matrix` tests."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    lines = Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist")
+    requirements = [Requirement(line) for line in lines]
+    assert len(requirements) > 20
+    unbounded = [r.name for r in requirements if r.name != "dinat" and ">=" not in {s.operator for s in r.specifier}]
+    assert unbounded == []
 
 
 def test_import_pulls_in_neither_triton_nor_hydra():
