@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dinat import rle
 from dinat.distributed import ALONE, World
+from dinat.metrics import class_rows
 
 KINDS = {"box": "bbox", "mask": "segm"}  # our words: COCO's
 STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar", "ar_small", "ar_medium",
@@ -75,15 +76,14 @@ class DetectionMetric:
         }
 
     def per_class(self, world: World = ALONE) -> list[dict[str, Any]]:
-        """A row per class: AP and AP50 of each kind, nan for a class without objects."""
-        rows = [{"class": name} for name in self.classes]
+        """AP and AP50 of each kind for each class; None for a class without objects."""
+        columns = {}
         for kind, evaluation in self._evaluate(world).items():
             precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, class), all sizes, 100 detections
-            for label, row in enumerate(rows):
-                for name, part in {"ap": precision[:, :, label], "ap50": precision[0, :, label]}.items():
-                    known = part[part > -1]
-                    row[f"{kind}_{name}"] = _percent(known.mean() if known.size else -1)
-        return rows
+            for name, part in {"ap": precision, "ap50": precision[:1]}.items():
+                # -1 everywhere for a class without objects, and nowhere for another
+                columns[f"{kind}_{name}"] = [_percent(value) for value in part.mean(axis=(0, 1))]
+        return class_rows(self.classes, columns)
 
     def _records(self, result: dict[str, Any]) -> list[dict[str, Any]]:
         records = [

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dinat.distributed import ALONE, World
+from dinat.metrics import class_rows
 
 VOID = 0  # in maps of segment ids: no segment
 OFFSET = 1 << 32  # larger than any segment id
@@ -59,13 +60,11 @@ class PanopticMetric:
         }
 
     def per_class(self, world: World = ALONE) -> list[dict[str, Any]]:
-        """A row per class: PQ, SQ and RQ, nan for a class that does not occur."""
+        """Whether it is a thing, PQ, SQ and RQ of each class; None for a class that does not occur."""
         qualities, occurs = self._qualities(world)
         qualities[~occurs] = np.nan
-        rows = zip(self.classes, self.things, (100 * qualities).tolist(), strict=True)
-        return [
-            {"class": name, "isthing": bool(thing), "pq": pq, "sq": sq, "rq": rq} for name, thing, (pq, sq, rq) in rows
-        ]
+        columns = zip(("pq", "sq", "rq"), (100 * qualities).T.tolist(), strict=True)
+        return class_rows(self.classes, {"thing": self.things.tolist(), **dict(columns)})
 
     def _qualities(self, world: World) -> tuple[np.ndarray, np.ndarray]:
         """PQ, SQ, RQ of each class, (K, 3), and whether it occurs at all, (K,)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dinat.distributed import ALONE, World
+from dinat.metrics import class_rows
 
 IGNORED = 255  # of target maps
 
@@ -43,7 +44,7 @@ class SemanticMetric:
 
     def compute(self, world: World = ALONE) -> dict[str, float]:
         """`miou`, and the accuracies over pixels (`pixel_accuracy`) and over classes (`class_accuracy`)."""
-        confusion = self.confusion_matrix(world)
+        confusion = self.confusion_matrix(world).double()
         return {
             "miou": _percent(_iou(confusion).nanmean()),
             "pixel_accuracy": _percent(confusion.diagonal().sum() / confusion.sum()),
@@ -51,17 +52,15 @@ class SemanticMetric:
         }
 
     def per_class(self, world: World = ALONE) -> list[dict[str, Any]]:
-        """A row per class: IoU, accuracy (nan for a class that does not occur), pixels in the targets."""
-        confusion = self.confusion_matrix(world)
-        columns = zip(self.classes, _iou(confusion), _recall(confusion), confusion.sum(1).tolist(), strict=True)
-        return [
-            {"class": name, "iou": _percent(iou), "accuracy": _percent(recall), "pixels": int(pixels)}
-            for name, iou, recall, pixels in columns
-        ]
+        """IoU, accuracy and pixels of each class; None for a figure of a class that does not occur."""
+        matrix = self.confusion_matrix(world)
+        figures = {"iou": _iou(matrix.double()), "accuracy": _recall(matrix.double())}
+        columns = {name: (100 * values).tolist() for name, values in figures.items()}
+        return class_rows(self.classes, columns | {"pixels": matrix.sum(1).tolist()})
 
-    def confusion_matrix(self, world: World) -> Tensor:
-        """(K, K) float64: pixels of class i that were predicted as class j."""
-        return torch.stack(world.gather(self.confusion)).sum(0).double()
+    def confusion_matrix(self, world: World = ALONE) -> Tensor:
+        """(num_classes, num_classes) int64: how many pixels of class i were predicted as class j."""
+        return torch.stack(world.gather(self.confusion)).sum(0)
 
 
 def _iou(confusion: Tensor) -> Tensor:

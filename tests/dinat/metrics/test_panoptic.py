@@ -183,8 +183,11 @@ def test_classes_and_processes():
 
     assert parts[0].compute(Gathered()) == pytest.approx(whole.compute(), abs=1e-10)
     rows = whole.per_class()
-    assert [row["class"] for row in rows] == CLASSES
-    assert np.nanmean([row["pq"] for row in rows]) == pytest.approx(whole.compute()["pq"], abs=1e-10)
+    assert [row["name"] for row in rows] == CLASSES
+    assert [row["thing"] for row in rows] == THINGS
+    assert np.mean([row["pq"] for row in rows if row["pq"] is not None]) == pytest.approx(
+        whole.compute()["pq"], abs=1e-10
+    )
 
 
 def test_ids_and_sizes_must_agree():
