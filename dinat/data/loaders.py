@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -180,21 +181,18 @@ class TrainLoader:
         ranks: int, seed: int, workers: int, pin_memory: bool,
     ) -> None:  # fmt: skip
         self.parts = parts
-        common: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory, "worker_init_fn": shield_worker}
         if isinstance(source, IterableDataset):
             workers = _stream_workers(source, workers, ranks)
             dataset = Stream(source, transform, seed=seed + rank)
             self.updates = len(source) // (batch_size * parts)  # the reader's length is this process's share
-            self.loader = DataLoader(
-                dataset, batch_size, drop_last=True, num_workers=workers, generator=torch.Generator(), **common
+            self.loader = _loader(
+                dataset, workers, pin_memory, batch_size=batch_size, drop_last=True, generator=torch.Generator()
             )
         else:
             dataset = Images(source, transform, size, seed=seed, substitute=True)
             order = TrainOrder(len(dataset), batch_size, parts, rank, ranks, seed)
             self.updates = order.updates
-            self.loader = DataLoader(
-                dataset, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0, **common
-            )
+            self.loader = _loader(dataset, workers, pin_memory, batch_sampler=order, persistent_workers=workers > 0)
         if not self.updates:
             raise UserError(
                 f"batch_size={batch_size * parts * ranks} is larger than the training set. Set batch_size below that."
@@ -238,15 +236,32 @@ def eval_loader(
     Of a stream, every process reads everything and keeps its share: exact, where timm's own division by shards
     rounds the number of images up or down.
     """
-    common: dict[str, Any] = {"collate_fn": collate, "pin_memory": pin_memory, "worker_init_fn": shield_worker}
     if isinstance(source, IterableDataset):
         source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
         workers = _stream_workers(source, workers, 1)
         dataset = Stream(source, transform, stride=ranks, offset=rank)
-        return DataLoader(dataset, batch_size, num_workers=workers, **common)
+        return _loader(dataset, workers, pin_memory, batch_size=batch_size)
     dataset = Images(source, transform, size, seed=0, substitute=False)
     order = EvalOrder(len(dataset), batch_size, rank, ranks)
-    return DataLoader(dataset, batch_sampler=order, num_workers=workers, persistent_workers=workers > 0, **common)
+    return _loader(dataset, workers, pin_memory, batch_sampler=order, persistent_workers=workers > 0)
+
+
+def _loader(dataset: Dataset, workers: int, pin_memory: bool, **options: Any) -> DataLoader:
+    """A loader whose workers are forked where that is sound, whatever the default of this Python (3.14 has changed it).
+
+    Those of a fork server are not this process's children, so they would not know its signals (`shield_worker`), and
+    would end with a server that a scheduler's SIGTERM has reached; and each would hold a copy of the list of images.
+    They run neither our threads nor CUDA, so that this process has threads does not matter to them.
+    """
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=collate,
+        worker_init_fn=shield_worker,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        **options,
+    )
 
 
 def _stream_workers(source: IterableDataset, workers: int, ranks: int) -> int:

@@ -1,5 +1,8 @@
 """Datasets of every kind, the order of their images, and the randomness of their augmentation."""
 
+import multiprocessing
+import os
+import sys
 import tarfile
 
 import pytest
@@ -168,6 +171,22 @@ def test_a_stream_can_be_entered_in_the_middle(stores, compose):
     whole = images(0)
     assert len(whole) == 120
     assert torch.equal(images(7), whole[70:])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_workers_are_children_of_this_process(stores, compose, kind):
+    """Whatever Python's default: 3.14 has a fork server start them, 3.13 a fork. What is forked is never pickled."""
+    torch.mm(torch.ones(300, 300), torch.ones(300, 300))  # this process has threads
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        source = open_split(compose(*stores[kind]).data, "train", seed=1, batch_size=10)
+        loader = loader_of(source, transform=lambda _: torch.tensor([os.getppid()]), workers=2)
+        parents, _, _ = all_of(loader.batches(epoch=0))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert parents.unique().tolist() == [os.getpid()]
 
 
 # ---- images that cannot be read ----
