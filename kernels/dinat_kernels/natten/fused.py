@@ -170,9 +170,13 @@ def attention(
             "torch.nn.attention.varlen.varlen_attn for all"
         )
     _check_tuning({name: x for name, x in tuning.items() if name not in _PACKED})
+    if backend is not None and backend not in _BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, sorted(_BACKENDS)))}, got {backend!r}")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 4:
             raise ValueError(f"{name} must be 4-dimensional, (batch, tokens, heads, dim), got shape {tuple(x.shape)}")
+        if x.shape[0] != query.shape[0]:
+            raise ValueError(f"{name} must have the batch size of query, {query.shape[0]}, got {x.shape[0]}")
     groups = query.shape[2] // max(1, key.shape[2])
     if key.shape[:3] != value.shape[:3] or query.shape[2] != groups * key.shape[2] or query.shape[3] != key.shape[3]:
         raise ValueError(
@@ -180,10 +184,9 @@ def attention(
             f"got query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
         )
     dtype = autocast_dtype(query.device.type)
-    heads_first = (
-        x.transpose(1, 2) if dtype is None else autocast_tensor(x, dtype).transpose(1, 2) for x in (query, key, value)
-    )
-    query, key, value = heads_first
+    if dtype is not None:
+        query, key, value = (autocast_tensor(x, dtype) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if not return_lse:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=groups > 1)
         return out.transpose(1, 2)

@@ -441,6 +441,8 @@ Q = torch.randn(1, 2, 6, 7, 4)
             r"additional_keys must be .* = \(1, 6, 7, 4\)",
         ),
         (lambda: natten.attention(Q, Q, Q), r"query must be 4-dimensional, \(batch, tokens, heads, dim\)"),
+        (lambda: natten.attention(Q[0], Q[0, :1], Q[0, :1]), "key must have the batch size of query, 2, got 1"),
+        (lambda: natten.attention(Q[0], Q[0], Q[0], backend="fmha"), "backend must be None or one of .* got 'fmha'"),
         (lambda: natten.attention(Q[0], Q[0], Q[0, :, :3]), "value the tokens and heads of key"),
         (
             lambda: natten.attention(Q[0], Q[0], Q[0], seqlens_Q=Q),
