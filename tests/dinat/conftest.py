@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants
+import huggingface_hub.file_download
 import huggingface_hub.utils
 import pytest
 import torch
@@ -114,11 +115,22 @@ def dinat(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
 
 @pytest.fixture
-def hub(server, tmp_path, monkeypatch) -> Server:
+def place_hub(monkeypatch) -> Callable[[str], None]:
+    """Sets the addresses of the hub's files."""
+
+    def place_hub(template: str) -> None:
+        for module in (huggingface_hub.constants, huggingface_hub.file_download):  # the latter before huggingface_hub 1
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+
+    return place_hub
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch, place_hub) -> Server:
     """The server, as this process's hub and with caches of its own; retries come without delay, chunks are small."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    place_hub(template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what a resumed transfer goes by

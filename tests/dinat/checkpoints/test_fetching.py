@@ -124,10 +124,8 @@ def test_every_failure_is_named(hub, load):
     assert len(lines) == 4
 
 
-def test_refused_connection_is_named(hub, load, monkeypatch):
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}"
-    )
+def test_refused_connection_is_named(hub, load, place_hub):
+    place_hub("http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
     with pytest.raises(CheckpointError, match=r"hub shi/tiny: .*[Cc]onnection refused"):
         load()
 
@@ -147,10 +145,8 @@ def unresolved(monkeypatch) -> list[str]:
     return asked
 
 
-def test_a_host_that_cannot_be_resolved_is_passed_over_at_once(hub, load, state, unresolved, monkeypatch, caplog):
-    monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", "https://hub.test/{repo_id}/{filename}"
-    )
+def test_a_host_that_cannot_be_resolved_is_passed_over_at_once(hub, load, state, unresolved, place_hub, caplog):
+    place_hub("https://hub.test/{repo_id}/{filename}")
     hub.files = {FILE: saved(state)}
     assert same(load(), state)
     assert unresolved == ["hub.test"]  # once: no attempt after the first
