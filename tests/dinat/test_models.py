@@ -1,7 +1,6 @@
 """The models against the published ones: golden outputs, parameter counts, checkpoint keys, dilations, MACs."""
 
 import re
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,13 @@ import torch
 from dinat_kernels import NeighborhoodAttention2d
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import create_optimizer_v2
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dinat  # noqa: F401  registers the models
+from dinat.models.layers import GELU, NATBlock
 from dinat.models.nat import checkpoint_filter_fn
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "models.safetensors")
@@ -54,7 +56,7 @@ def test_golden(case, published_weights, fill, tmp_path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_variant(name, published, published_weights):
-    """Parameter count, strict loading of the published keys, and dilations, on the meta device."""
+    """Parameter count, strict loading of the published keys, dilations, norms and what timm is told; on meta."""
     facts = published["models"][name]
     model = timm.create_model(TAGGED.get(name, name), device="meta")
     assert sum(p.numel() for p in model.parameters()) == facts["params"]
@@ -68,6 +70,11 @@ def test_published_variant(name, published, published_weights):
     assert (cfg["crop_pct"], cfg["interpolation"]) == (facts["crop_pct"], facts["interpolation"])
     assert cfg["url"] == facts["checkpoint_url"]
     assert cfg.get("hf_hub_id") == facts["hf_hub_id"]
+    assert (cfg["mean"], cfg["std"]) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert model.get_submodule(cfg["first_conv"]).weight.shape[1] == 3
+    assert model.get_submodule(cfg["classifier"]).weight.shape[0] == cfg["num_classes"]
+    assert list(cfg["pool_size"]) == [side // model.feature_info[-1]["reduction"] for side in cfg["input_size"][1:]]
+    assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {1e-5}
     assert not list(model.buffers())
 
 
@@ -137,9 +144,11 @@ def test_set_input_size_recomputes_dilations_and_forward_does_not():
     assert model.dilations == [[1, 16], [1, 8], [1, 4] * 3]
     assert [block.attn.dilation[0] for block in model.levels[0].blocks] == [1, 16]
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
-    model.set_input_size(dilations="gradual")
-    assert model.dilations[0] == [1, 16]
+    model.set_input_size(dilations=1)
     assert model.img_size == (96, 96)
+    model.set_input_size(img_size=64)
+    assert model.dilations == [[1, 1], [1, 1], [1] * 6]  # the policy stays
+    assert [block.attn.dilation for block in model.levels[0].blocks] == [[1, 1], [1, 1]]
 
 
 @pytest.mark.parametrize("value", [0, -7, "7", 7.0, (7, 0), (7, 7, 7)])
@@ -175,19 +184,14 @@ def test_set_input_size_resizes_bias_tables():
     for parameter in model.parameters():
         if parameter.dim() == 3:
             torch.nn.init.constant_(parameter, 0.25)
-    model.set_input_size(img_size=64, kernel_size=5)
     block = model.levels[0].blocks[1]
+    block.attn.rpb.requires_grad_(False)
+    model.set_input_size(img_size=64, kernel_size=5)
+    assert [other.attn.rpb.requires_grad for other in model.levels[0].blocks] == [True, False]
     assert block.attn.kernel_size == [5, 5]
     assert block.attn.dilation == [6, 6]
     torch.testing.assert_close(block.attn.rpb, torch.full((1, 9, 9), 0.25))
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3)
-
-
-def test_checkpoint_of_another_window_is_resized(published_weights, tmp_path):
-    torch.save(published_weights("dinat_mini"), tmp_path / "published.pth")
-    overlay = dict(file=str(tmp_path / "published.pth"))
-    model = timm.create_model("dinat_mini", pretrained=True, pretrained_cfg_overlay=overlay, kernel_size=5)
-    assert model.levels[0].blocks[0].attn.rpb.shape == (2, 9, 9)
 
 
 def test_full_attention_is_full_and_asks_for_its_size():
@@ -202,10 +206,12 @@ def test_full_attention_is_full_and_asks_for_its_size():
         bias = layer.rpb[:, rows[:, None, :, None], columns[None, :, None, :]].reshape(12, 24, 24)
         dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         torch.testing.assert_close(layer(x), layer.proj(dense.transpose(1, 2).reshape(2, 4, 6, 384)))
-    with pytest.raises(AssertionError, match="set_input_size"):
-        model(torch.randn(1, 3, 96, 96))
-    model.set_input_size(img_size=(96, 96))
-    assert model(torch.randn(1, 3, 96, 96)).shape == (1, 5)
+    for size in ((96, 96), (64, 64)):
+        with pytest.raises(AssertionError, match="set_input_size"):
+            model(torch.randn(1, 3, *size))
+    model.set_input_size(img_size=(90, 96))  # 6 x 6 tokens, of a padded image
+    assert layer.kernel_size == [6, 6]
+    assert model(torch.randn(1, 3, 90, 96)).shape == (1, 5)
 
 
 @pytest.mark.parametrize("name", ["dinat_pico", "dinat_s_tiny", "dinat_isotropic_small"])
@@ -225,6 +231,43 @@ def test_features_only():
     isotropic = timm.create_model("nat_isotropic_small", features_only=True, out_indices=(2, 5, 8, 11), device="meta")
     features = isotropic(torch.empty(1, 3, 64, 96, device="meta"))
     assert [tuple(f.shape) for f in features] == [(1, 384, 4, 6)] * 4
+    isotropic = timm.create_model("nat_isotropic_small", features_only=True, device="meta")
+    assert isotropic.feature_info.module_name() == ["levels.9", "levels.10", "levels.11"]  # the last three, as ViTs
+
+
+def test_intermediate_features():
+    model, image = timm.create_model("dinat_pico", num_classes=4).eval(), torch.randn(2, 3, 32, 32)
+    ran = []
+    for i, level in enumerate(model.levels):
+        level.register_forward_hook(lambda *_, i=i: ran.append(i))
+    with torch.no_grad():
+        features = model.forward_features(image)
+        final, raw = model.forward_intermediates(image)
+        *lower, normed = model.forward_intermediates(image, norm=True, intermediates_only=True)
+        del ran[:]
+        stopped, (first,) = model.forward_intermediates(image, indices=[0], stop_early=True)
+    assert ran == [0]
+    assert torch.equal(final, features)
+    assert torch.equal(normed, features)
+    assert not torch.equal(raw[-1], features)
+    for actual, expected in zip([*lower, stopped, first], [*raw[:2], raw[0], raw[0]], strict=True):
+        assert torch.equal(actual, expected)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features.mean((2, 3)))
+    with pytest.raises(ValueError, match="output_fmt must be \"NCHW\", got 'NLC'"):
+        model.forward_intermediates(image, output_fmt="NLC")
+
+
+def test_pruned_to_intermediate_features():
+    model, image = timm.create_model("dinat_pico", num_classes=4).eval(), torch.randn(1, 3, 32, 32)
+    expected, logits = model.forward_intermediates(image, intermediates_only=True), model(image)
+    assert model.prune_intermediate_layers([-1], prune_head=False) == [2]
+    assert torch.equal(model(image), logits)
+    assert model.prune_intermediate_layers([1]) == [1]
+    for actual, before in zip(model.forward_intermediates(image, intermediates_only=True), expected, strict=False):
+        assert torch.equal(actual, before)
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"patch_embed", "levels"}
+    assert (len(model.levels), len(model.feature_info), len(model.dilations), model.num_features) == (2, 2, 2, 64)
+    assert model(image).shape == (1, 64, 8, 8)
 
 
 def test_stage_norm():
@@ -255,11 +298,11 @@ def test_every_stage_norm_that_is_kept_gets_a_gradient(name, options):
     model.model.prune_intermediate_layers(model.feature_info.out_indices)  # nothing more to remove
 
 
-def test_stage_norm_with_published_weights_and_other_extractors(published_weights, tmp_path):
-    torch.save(published_weights("dinat_mini"), tmp_path / "published.pth")
-    overlay = dict(file=str(tmp_path / "published.pth"))
-    model = timm.create_model("dinat_mini", pretrained=True, pretrained_cfg_overlay=overlay, stage_norm=True)
-    assert model.norm3.weight.eq(1).all()
+def test_stage_norm_with_weights_of_a_classifier(tmp_path):
+    torch.save(timm.create_model("dinat_pico").state_dict(), tmp_path / "classifier.pth")
+    overlay = dict(file=str(tmp_path / "classifier.pth"))
+    model = timm.create_model("dinat_pico", pretrained=True, pretrained_cfg_overlay=overlay, stage_norm=True)
+    assert model.norm2.weight.eq(1).all()
     with pytest.raises(ValueError, match="stage_norm needs feature_cls=\"getter\", got 'list'"):
         timm.create_model("dinat_pico", features_only=True, stage_norm=True, feature_cls="list")
 
@@ -295,23 +338,28 @@ def test_windows_from_configuration_files_and_arrays():
 
 
 def test_layer_decay_and_weight_decay_groups():
-    model = timm.create_model("dinat_pico", num_classes=10)
+    """Ten blocks one by one, between the stem and what follows them."""
+    model = timm.create_model("dinat_pico", num_classes=10, device="meta")
     optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5)
     names = {id(p): name for name, p in model.named_parameters()}
     scale = {names[id(p)]: g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
     decay = {names[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    blocks = [f"levels.{i}.blocks.{j}" for i, depth in enumerate((2, 2, 6)) for j in range(depth)]
     assert scale["head.fc.weight"] == 1
-    assert scale["patch_embed.proj.0.weight"] == min(scale.values())
-    blocks = [f"levels.{i}.blocks.{j}.mlp.fc1.weight" for i, depth in enumerate((2, 2, 6)) for j in range(depth)]
-    assert [scale[a] < scale[b] for a, b in pairwise(blocks)] == [True] * 9
+    assert scale["norm.weight"] == 0.5  # timm's grouping puts the last norm to the last block
+    assert [scale[f"{block}.mlp.fc1.weight"] for block in blocks] == [0.5 ** (10 - i) for i in range(10)]
+    assert scale["patch_embed.proj.0.weight"] == 0.5**11
     assert scale["levels.1.downsample.reduction.weight"] == scale["levels.1.blocks.0.mlp.fc1.weight"]
     assert decay["levels.0.blocks.0.attn.rpb"] == 0
     assert decay["levels.0.blocks.0.attn.qkv.weight"] == 0.05
+    coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True))
+    assert [len(names) for names in coarse.values()] == [6, 26, 29, 81, 4]  # 13 of a block, 3 of a downsampler
 
 
 def test_gradient_checkpointing_and_drop_path_change_nothing_but_memory():
     model = timm.create_model("dinat_pico", drop_path_rate=0.3, num_classes=4)
-    image = torch.randn(4, 3, 32, 32)
+    image, calls = torch.randn(4, 3, 32, 32), []
+    model.levels[1].blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
 
     def gradients() -> list[torch.Tensor]:
         torch.manual_seed(1)
@@ -320,9 +368,14 @@ def test_gradient_checkpointing_and_drop_path_change_nothing_but_memory():
         return [p.grad.clone() for p in model.parameters()]
 
     plain = gradients()
+    assert len(calls) == 1
     model.set_grad_checkpointing()
     for a, b in zip(plain, gradients(), strict=True):
         torch.testing.assert_close(a, b)
+    assert len(calls) == 1 + 2  # computed again
+    model.set_grad_checkpointing(False)
+    gradients()
+    assert len(calls) == 1 + 2 + 1
 
 
 def test_options_reach_their_modules():
@@ -331,20 +384,79 @@ def test_options_reach_their_modules():
         in_chans=1,
         num_classes=7,
         global_pool="max",
+        mlp_ratio=2.0,
+        qkv_bias=False,
         drop_rate=0.1,
         proj_drop_rate=0.2,
         attn_drop_rate=0.3,
-        drop_path_rate=0.4,
         ls_init_value=1e-4,
+        act_layer="relu",
+        norm_layer=nn.RMSNorm,
+        backend="torch",
     )
     last = model.levels[-1].blocks[-1]
-    assert (last.attn.proj_drop.p, last.attn.attn_drop.p, last.drop_path2.drop_prob) == (0.2, 0.3, pytest.approx(0.4))
-    assert last.ls1.gamma[0].item() == pytest.approx(1e-4)
+    assert (last.attn.proj_drop.p, last.mlp.drop1.p, last.mlp.drop2.p, last.attn.attn_drop.p) == (0.2, 0.2, 0.2, 0.3)
+    assert last.ls1.gamma[0].item() == last.ls2.gamma[0].item() == pytest.approx(1e-4)
+    assert (last.mlp.fc1.out_features, last.attn.qkv.bias, last.attn.backend) == (256, None, "torch")
+    assert (type(last.mlp.act), type(last.norm1), type(last.norm2)) == (nn.ReLU, nn.RMSNorm, nn.RMSNorm)
     assert model.head.drop.p == 0.1
     assert model(torch.randn(2, 1, 32, 48)).shape == (2, 7)
+
+
+def test_drop_path_rates_grow_from_block_to_block():
+    model = timm.create_model("dinat_pico", drop_path_rate=0.45, device="meta")
+    blocks = [block for level in model.levels for block in level.blocks]
+    for name in ("drop_path1", "drop_path2"):
+        rates = [getattr(block, name).drop_prob for block in blocks[1:]]
+        assert rates == pytest.approx([0.05 * i for i in range(1, 10)])
+        assert getattr(blocks[0], name) is None
+
+
+@pytest.mark.parametrize("option", ["drop_path", "proj_drop", "ls_init_value"])
+def test_a_block_whose_branches_are_off_is_the_identity(option):
+    value, x = float(option != "ls_init_value"), torch.randn(2, 5, 5, 8)
+    assert torch.equal(NATBlock(8, 1, 3, **{option: value})(x), x)
+
+
+def test_gelu_is_exact_and_overwrites_in_inference_mode_alone():
+    x = torch.linspace(-4, 4, 33)
+    before, expected = x.clone(), x * (1 + torch.erf(x / 2**0.5)) / 2
+    with torch.no_grad():
+        torch.testing.assert_close(GELU()(x), expected)
+    torch.testing.assert_close(GELU()(x.clone().requires_grad_()), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(GELU()(x), expected)  # not made in inference mode
+        y = x.clone()
+        torch.testing.assert_close(GELU()(y), expected)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(y, expected)
+
+
+def test_initial_weights():
+    """Linear layers and bias tables 0.02, truncated at 2 of them or more; PyTorch's default elsewhere."""
+    model = timm.create_model("dinat_nano")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert module.bias.eq(0).all(), name
+        elif isinstance(module, nn.Conv2d):
+            bound = (module.in_channels * 9) ** -0.5  # uniform
+            assert module.weight.abs().max().item() == pytest.approx(bound, rel=0.01), name
+    tables = torch.cat([block.attn.rpb.flatten() for level in model.levels for block in level.blocks])
+    assert tables.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_new_classifier():
+    model, image = timm.create_model("dinat_pico", num_classes=4, drop_rate=0.1).eval(), torch.randn(1, 3, 32, 32)
+    model.reset_classifier(500, "catavgmax")
+    assert (model.num_classes, model.head_hidden_size, model.head.drop.p) == (500, 2 * 128, 0.1)
+    assert not model.head.training
+    assert model.get_classifier().weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.get_classifier().bias.eq(0).all()
     model.reset_classifier(3)
-    assert model.head.global_pool.pool_type == "max"
-    assert model.head.drop.p == 0.1
+    assert (model(image).shape, model.head.global_pool.pool_type) == ((1, 3), "catavgmax")  # the pooling stays
+    model.reset_classifier(0)
+    assert model(image).shape == (1, 2 * 128)
 
 
 def test_timm_switches_fused_kernels_off():
