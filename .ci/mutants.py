@@ -7,6 +7,7 @@ it changes nothing. A PATTERN selects the slips whose "file: what" contains it. 
 
 import argparse
 import collections
+import itertools
 import os
 import queue
 import shutil
@@ -61,17 +62,23 @@ def clone(folder: Path) -> Path:
     return folder
 
 
-def run(command: list[str], root: Path) -> subprocess.CompletedProcess:
+def run(command: list[str], root: Path, **environment: str) -> subprocess.CompletedProcess:
     """Runs a command in a clone; without bytecode, which two slips within a second would share."""
     paths = {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=root, env=os.environ | paths, capture_output=True, text=True)
+    return subprocess.run(command, cwd=root, env=os.environ | paths | environment, capture_output=True, text=True)
 
 
 def test(tests: list[str], root: Path) -> tuple[int, list[str]]:
     """pytest's exit status, and what failed."""
-    done = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", *tests], root)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
+    done = run(command, root, TRITON_INTERPRET=str(int(any(map(interpreted, tests)))))
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
     return done.returncode, [line.split(" ", 1)[1].split(" - ")[0] for line in failed]
+
+
+def interpreted(test: str) -> bool:
+    """Whether a test runs kernels in Triton's interpreter, which takes a process of its own."""
+    return "interpreter_suite" in test
 
 
 def examine(slip: Slip, root: Path) -> tuple[str, str]:
@@ -110,8 +117,9 @@ def main(patterns: list[str], jobs: int) -> int:
             return verdict, by
 
         verdicts = list(pool.map(judge, slips))
-        seeing = {by for verdict, by in verdicts if verdict == CAUGHT}
-        failing = set(test(sorted(seeing), clones.get())[1]) if seeing else set()
+        seeing = sorted({by for verdict, by in verdicts if verdict == CAUGHT}, key=interpreted)
+        untouched = clones.get()
+        failing = {by for _, group in itertools.groupby(seeing, interpreted) for by in test(list(group), untouched)[1]}
     table = collections.defaultdict(collections.Counter)
     for slip, (verdict, by) in zip(slips, verdicts, strict=True):
         table[slip.file]["FAILS WITHOUT IT" if by in failing else verdict] += 1

@@ -15,8 +15,8 @@ SIZE = (32, 44)  # 16 x 22 tokens, divided by dilation 5 with remainders
 
 
 def small() -> torch.nn.Module:
-    """One dilated block, with a bias table that matters: at its initial values it hardly shows."""
-    options = dict(depths=(1,), num_heads=(1,), dilations=[[5]])
+    """One dilated block, with a bias table that matters: at its initial values it hardly shows; and with dropout."""
+    options = dict(depths=(1,), num_heads=(1,), dilations=[[5]], drop_rate=0.5)
     model = timm.create_model("dinat_pico", num_classes=5, img_size=SIZE, **options)
     for key, p in model.named_parameters():
         if key.endswith("rpb"):
@@ -65,8 +65,25 @@ def test_pt2_runs_without_this_package(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(path), str(tmp_path / "expected.pt")], check=True)
 
 
+@pytest.mark.parametrize("deviation", [0.5, -0.5])
+def test_the_difference_is_the_largest_of_all_outputs(deviation, tmp_path, monkeypatch):
+    def one_is_off(model, images, dynamic_shapes, path):
+        outputs = model(images)
+        outputs[1][-1, 3] += deviation
+        return outputs
+
+    monkeypatch.setattr("dinat.export._pt2", one_is_off)
+    model = timm.create_model("dinat_pico", features_only=True)
+    assert export(model, torch.randn(2, 3, 32, 32), tmp_path / "model.pt2") == pytest.approx(0.5)
+
+
 def test_command(tmp_path, monkeypatch, capsys):
-    calls = []
+    calls, created = [], []
+    create_model = timm.create_model
+
+    def create(name, pretrained, **options):
+        created.append((name, pretrained))
+        return create_model("dinat_pico", **options)
 
     def fake(model, images, path, dynamic_batch):
         calls.append((tuple(model.img_size), tuple(images.shape), dynamic_batch))
@@ -74,12 +91,21 @@ def test_command(tmp_path, monkeypatch, capsys):
         return 1e-3 if path.suffix == ".pt2" else 1e-6
 
     monkeypatch.setattr("dinat.export.export", fake)
+    monkeypatch.setattr("timm.create_model", create)
     monkeypatch.chdir(tmp_path)
     command("dinat_pico", img_size=(48, 64), pretrained=False)
     assert capsys.readouterr().out == "dinat_pico.onnx: 2.0 MB, largest difference 1.0e-06\n"
     with pytest.raises(UserError, match=r"x.pt2 differs from dinat_pico by 1.0e-03, more than 0.0001"):
         command("dinat_pico", "pt2", tmp_path / "x.pt2", batch_size=4, pretrained=False)
-    assert calls == [((48, 64), (2, 3, 48, 64), True), ((32, 32), (4, 3, 32, 32), False)]
+    capsys.readouterr()
+    command("local-dir:runs/mine")
+    assert capsys.readouterr().out == "mine.onnx: 2.0 MB, largest difference 1.0e-06\n"
+    assert calls == [
+        ((48, 64), (2, 3, 48, 64), True),
+        ((32, 32), (4, 3, 32, 32), False),
+        ((32, 32), (2, 3, 32, 32), True),
+    ]
+    assert created == [("dinat_pico", False), ("dinat_pico", False), ("local-dir:runs/mine", True)]
 
 
 def test_bad_input(tmp_path, monkeypatch):

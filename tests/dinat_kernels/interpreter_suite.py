@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dinat_kernels import backends, na1d, na2d, na3d
+from dinat_kernels import backends, na1d, na2d, na3d, tune
 from dinat_kernels.functional import attend
 from dinat_kernels.geometry import Neighborhood, make_neighborhood
 from dinat_kernels.impl import fused
+from dinat_kernels.impl.fused import configs
 from safetensors.torch import load_file
 
 NA = {1: na1d, 2: na2d, 3: na3d}
@@ -249,3 +250,54 @@ def test_what_is_not_covered_is_refused():
 def test_an_empty_batch_launches_nothing():
     x = torch.randn(0, 8, 1, 8)
     assert na1d(x, x, x, 3, backend="triton").shape == x.shape
+
+
+def test_plans():
+    """What no small problem shows: offsets of 64 bits, several images of a program, products in tf32."""
+
+    def is_wide(*size: int) -> bool:
+        shape = (1, *size, 4, 32)  # 2**7 elements a token
+        layouts = ((shape, torch.empty(shape, device="meta").stride()),) * 3
+        window = make_neighborhood(2, 7)
+        plan = fused.launch.make_plan("forward", layouts, torch.float16, "sm_90", window, False, 1, "ieee")
+        return plan.constants["WIDE"]
+
+    assert (is_wide(4096, 4096), is_wide(4096, 4095)) == (True, False)  # 2**31 elements, and 2**19 less
+    images = fused.launch.images_per_program  # a divisor of the batch, 16 at most, with 2048 programs left
+    assert [images(6, 4096), images(8, 256), images(64, 2048), images(8, 1024)] == [2, 1, 16, 4]
+
+
+@pytest.mark.parametrize("allowed", ["tf32", "ieee"])
+def test_precision_is_what_pytorch_is_set_to(allowed):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, allowed
+    try:
+        assert fused.launch._precision(torch.float32) == allowed
+        assert fused.launch._precision(torch.float16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_tune(monkeypatch, tmp_path):
+    """The fastest configuration of each class of problems is kept, and used from then on."""
+    classes = [
+        configs.ProblemClass(kernel, "interpreter", 32, 16, dense, 9)
+        for kernel in ("forward", "query", "key")
+        for dense in (True, False)
+    ]
+    fastest, slow = configs.Config(32, 64, 2, 1), configs.Config(16, 32, 1, 1)
+    (tmp_path / "tuned.json").write_text(json.dumps({str(classes[0]): slow, "forward/sm_90": slow}))
+    monkeypatch.setenv("DINAT_TUNE_FILE", str(tmp_path / "tuned.json"))
+    configs.user_configs.cache_clear()
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, device, **options: randn(*size, **options))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    count_of_others = lambda *_, **__: [sum(c != fastest for c in configs.user_configs().values())]  # noqa: E731
+    monkeypatch.setattr("triton.testing.do_bench", count_of_others)
+    tune.main(["--dtype", "float32", "--head-dim", "8", "--kernel-size", "3", "--batch", "1"])
+    tuned = json.loads((tmp_path / "tuned.json").read_text())
+    assert tuned == {str(problem): list(fastest) for problem in classes} | {"forward/sm_90": list(slow)}
+    configs.user_configs.cache_clear()
+    assert configs.choose(classes[0]) == fastest
+    assert configs.choose(classes[0]._replace(window=25)) != fastest
+    configs.user_configs.cache_clear()

@@ -180,6 +180,12 @@ def test_strides_do_not_matter():
     torch.testing.assert_close(na2d(q, k, v, 3), expected, atol=0, rtol=0)
     q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k, v))
     torch.testing.assert_close(na2d(q, k, v, 3), expected.transpose(1, 2), atol=1e-6, rtol=0)
+    wider = torch.randn(2, 6, 9, 4, 12, requires_grad=True)  # whose strides are no multiples of 8
+    gradients = []
+    for backend in BACKENDS:
+        q, k, v = wider[..., :8], wider[..., 2:10], wider[..., 4:]
+        gradients.append(torch.autograd.grad(na2d(q, k, v, 3, backend=backend).sin().sum(), wider)[0])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("side", [5, 16])
@@ -292,7 +298,7 @@ Q = torch.randn(2, 8, 9, 4, 8)
         (dict(key=Q[..., :3, :], value=Q[..., :3, :]), "multiple of those of key, got 4 and 3"),
         (dict(kernel_size=5, dilation=2), r"kernel_size 5 \* dilation 2 = 10 > length 8 on axis 0"),
         (dict(rpb=torch.zeros(4, 3, 3)), r"rpb must have shape .* = \(4, 5, 5\), got \(4, 3, 3\)"),
-        (dict(rpb=torch.zeros(4, 5, 5), is_causal=True), "rpb cannot be combined with a causal axis"),
+        (dict(rpb=torch.zeros(4, 5, 5), is_causal=(False, True)), "rpb cannot be combined with a causal axis"),
         (dict(kernel_size={3}), r"kernel_size must be one int or 2 of them \(one per axis\), got \{3\}"),
         (dict(scale=[1.0]), r"scale must be a number or None, got \[1.0\]"),
         (dict(scale="a"), "scale must be a number or None, got 'a'"),

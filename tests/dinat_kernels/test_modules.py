@@ -25,11 +25,19 @@ def test_parameters_have_the_published_names(rank):
     }
 
 
-def test_layer_is_projection_attention_projection():
-    layer, x = NeighborhoodAttention2d(16, 2, 3, 2, qk_scale=0.4), torch.randn(2, 7, 8, 16)
+@pytest.mark.parametrize("qk_scale", [None, 0.4])
+def test_layer_is_projection_attention_projection(qk_scale):
+    layer, x = NeighborhoodAttention2d(16, 2, 3, 2, qk_scale=qk_scale, proj_drop=0.3).eval(), torch.randn(2, 7, 8, 16)
+    torch.nn.init.normal_(layer.qkv.weight)  # so that the scale matters
     q, k, v = F.linear(x, layer.qkv.weight, layer.qkv.bias).view(2, 7, 8, 3, 2, 8).unbind(3)
-    out = na2d(q, k, v, 3, dilation=2, rpb=layer.rpb, scale=0.4, backend="reference")
+    out = na2d(q, k, v, 3, dilation=2, rpb=layer.rpb, scale=qk_scale or 8**-0.5, backend="reference")
     torch.testing.assert_close(layer(x), layer.proj(out.flatten(-2)))
+    assert layer.proj_drop.p == 0.3
+
+
+def test_initial_bias_tables():
+    """As published: truncated normal, 0.02."""
+    assert NeighborhoodAttention2d(64, 16, 13).rpb.std().item() == pytest.approx(0.02, rel=0.03)
 
 
 @pytest.mark.parametrize("rank", LAYERS)
@@ -137,6 +145,17 @@ def test_script_trace_and_compile(rank):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_scripted_layer_ignores_nothing():
+    x = torch.randn(1, 5, 5, 8)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run on cpu tensors"):
+        torch.jit.script(NeighborhoodAttention2d(8, 1, 3, backend="triton"))(x)
+    layer = torch.jit.script(NeighborhoodAttention2d(8, 1, 3, attn_drop=0.1))
+    with pytest.raises(torch.jit.Error, match="attn_drop is not supported by TorchScript training"):
+        layer(x)
+    layer.eval()(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_scripted_layer_trains():
     layer, x = NeighborhoodAttention2d(16, 2, 3), torch.randn(2, 6, 6, 16)
     layer(x).sum().backward()
@@ -179,7 +198,10 @@ def test_factory_arguments():
     ("arguments", "message"),
     [
         (dict(dim=10, num_heads=3, kernel_size=3), "num_heads must divide dim, got num_heads=3 with dim=10"),
-        (dict(dim=8, num_heads=2, kernel_size=3, is_causal=True), "rel_pos_bias cannot be combined with a causal axis"),
+        (
+            dict(dim=8, num_heads=2, kernel_size=3, is_causal=(True, False)),
+            "rel_pos_bias cannot be combined with a caus",
+        ),
         (dict(dim=8, num_heads=2, kernel_size=3, stride=5), "stride must lie in"),
     ],
 )

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
-from dinat_kernels import backends, na2d
+from dinat_kernels import backends, impl, na2d
+from dinat_kernels.impl.layout import Layout
+from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -135,6 +137,8 @@ def test_vmap():
     queries, tables = torch.randn(3, *q.shape), torch.randn(4, 3, 5, 5)
     each = torch.stack([attend(x, k, v, rpb)[0] for x in queries])
     torch.testing.assert_close(torch.func.vmap(lambda x: attend(x, k, v, rpb)[0])(queries), each)
+    mapped = torch.func.vmap(lambda x: attend(x, k, v, rpb)[0], in_dims=2, out_dims=1)
+    torch.testing.assert_close(mapped(queries.movedim(0, 2)), each.movedim(0, 1))
     each = torch.stack([attend(q, k, v, t)[0] for t in tables.unbind(1)])
     torch.testing.assert_close(torch.func.vmap(lambda t: attend(q, k, v, t)[0], in_dims=1)(tables), each)
 
@@ -163,6 +167,8 @@ def test_autocast_halves_activations_and_keeps_the_bias(backend):
         out.float().sum().backward()
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     assert q.grad.dtype == rpb.grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(na2d(q, k, v, 3, rpb=rpb, backend=backend), out)
     rounded = [x.detach().bfloat16().float() for x in (q, k, v)]
     exact, exact_lse = na2d(*rounded, 3, rpb=rpb.detach(), return_lse=True)
     torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
@@ -202,6 +208,9 @@ def test_meta_tensors():
     q, k, v, rpb = (x.to("meta") for x in make())
     out, lse = attend(q, k, v, rpb)
     assert (out.shape, lse.shape, out.device.type) == ((2, 8, 9, 4, 8), (2, 8, 9, 4), "meta")
+    for dtype, of_lse in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        out, lse = attend(*(x.to(dtype) for x in (q, k, v)), rpb)
+        assert (out.dtype, lse.dtype) == (dtype, of_lse)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -212,6 +221,33 @@ def test_flops_count_visible_keys(packed):
         forward(*inputs, rpb, *WINDOW)[0].sum().backward()
     product = 2 * 2 * 72 * 4 * 9 * 8  # one matrix product: 2 FLOP x batch x queries x heads x visible keys x head_dim
     assert counter.get_total_flops() == product * (2 + 5)
+    if not packed:  # five products, three of head_dim and two of value_dim: logits twice, both gradients of them
+        with FlopCounterMode(display=False) as counter:
+            forward(q, k, v[..., :5], rpb, *WINDOW)[0].sum().backward()
+        assert counter.get_total_flops() == product // 8 * (8 + 5 + 3 * 8 + 2 * 5)
+
+
+@pytest.mark.parametrize("argument", range(4))
+def test_one_input_alone_may_want_a_gradient(argument):
+    inputs = make(requires_grad=True)
+    (expected,) = torch.autograd.grad(attend(*inputs)[0].sin().sum(), inputs[argument])
+    alone = [x if i == argument else x.detach() for i, x in enumerate(inputs)]
+    (actual,) = torch.autograd.grad(attend(*alone)[0].sin().sum(), alone[argument])
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # PyTorch scripts a part of it
+def test_forward_mode_is_exact_or_refused():
+    """A tangent is never dropped."""
+    q, k, v, direction = torch.randn(4, 1, 5, 6, 1, 3, dtype=torch.float64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, direction)
+        actual = forward_ad.unpack_dual(na2d(dual, k, v, 3, backend="reference")).tangent
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            na2d(dual, k, v, 3, backend="torch")
+    step = 1e-6 * direction
+    expected = (na2d(q + step, k, v, 3) - na2d(q - step, k, v, 3)) / 2e-6
+    torch.testing.assert_close(actual, expected, atol=1e-7, rtol=0)
 
 
 def test_second_derivative_is_refused():
@@ -222,6 +258,19 @@ def test_second_derivative_is_refused():
     out = na2d(q, k, v, 3, backend="reference")
     (grad,) = torch.autograd.grad(out.sin().sum(), q, create_graph=True)
     grad.sum().backward()
+
+
+def test_the_choice_of_a_backend(monkeypatch):
+    """By what is known of CUDA tensors, of which there need not be any."""
+    monkeypatch.setattr(impl, "_triton_installed", lambda: True)
+
+    def chosen(dtype=torch.float16, device="cuda", head_dim=128, value_dim=128):
+        shapes = ((1, 8, 1, dim) for dim in (head_dim, value_dim))
+        query, value = (Layout(shape, (0, 0, 0, 1), dtype, torch.device(device)) for shape in shapes)
+        return impl.resolve(None, query, value)
+
+    assert (chosen(), chosen(device="cpu")) == ("triton", "torch")
+    assert {chosen(torch.float64), chosen(head_dim=129), chosen(value_dim=129)} == {"torch"}
 
 
 def test_backends_say_what_runs_and_why_not():

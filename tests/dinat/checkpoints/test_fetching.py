@@ -17,7 +17,7 @@ from safetensors.torch import save
 from timm.models import PretrainedCfg
 
 from dinat.checkpoints import download, sources
-from dinat.checkpoints.fetching import find_host
+from dinat.checkpoints.fetching import find_host, sha256_of
 from dinat.errors import CheckpointError
 
 ARCHITECTURE = dict(img_size=16, embed_dim=8, depths=(1, 2), num_heads=(1, 2), stem_stride=2)
@@ -218,6 +218,35 @@ def test_hash_pinned_in_the_address(hub, load, state):
     with pytest.raises(CheckpointError, match=f"its SHA-256 is {right}, not the pinned 1111"):
         load(overlay=dict(url=f"{hub.url}{FILE}#sha256={'1' * 64}"))
     assert same(load(overlay=dict(url=f"{hub.url}{FILE}#sha256={right}")), state)
+
+
+def test_the_user_s_pin_wins_over_that_of_the_address(hub, state):
+    hub.files = {FILE: saved(state)}
+    right = sha256(hub.files[FILE])
+    wrongly, rightly = (sources(PretrainedCfg(url=f"{hub.url}{FILE}#sha256={pin}")) for pin in ("1" * 64, right))
+    assert download(wrongly, sha256=right.upper()).read_bytes() == hub.files[FILE]
+    with pytest.raises(CheckpointError, match="not the pinned 0000"):
+        download(rightly, sha256="0" * 64)
+
+
+def test_a_hash_is_of_the_whole_file(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(3_000_000) + b"end")
+    assert sha256_of(tmp_path / "file") == sha256(bytes(3_000_000) + b"end")
+
+
+@pytest.mark.parametrize(("source", "place"), [(HUB, dict(hf_hub_id="shi/tiny")), (FILE, {})])
+def test_a_forced_transfer(hub, state, source, place):
+    hub.files = {source: saved(state)}
+    places = sources(PretrainedCfg(**place or dict(url=hub.url + FILE)))
+    for force, transfers in ((False, [source]), (False, []), (True, [source])):
+        hub.log.clear()
+        download(places, force=force)
+        assert hub.bodies() == transfers
+
+
+def test_a_revision_and_a_name_of_the_hub(hub, load, state):
+    hub.files = {HUB: b"", "/shi/tiny/resolve/v2/mine.bin": saved(state)}
+    assert same(load(overlay=dict(hf_hub_id="shi/tiny@v2", hf_hub_filename="mine.bin", url="")), state)
 
 
 def test_pin_wins_over_the_record(hub, state, caches):

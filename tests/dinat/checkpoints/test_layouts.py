@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from dinat.checkpoints import Shape, fit, read_checkpoint, to_huggingface, to_native
+from dinat.checkpoints import Shape, fit, read_checkpoint, resize_rpb, to_huggingface, to_native
 from dinat.errors import CheckpointError, UserError
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "models.safetensors")
@@ -197,11 +197,15 @@ def from_file(tmp_path):
     return from_file
 
 
-def test_classes_and_channels_come_from_the_file(from_file):
+def test_classes_and_channels_come_from_the_file(tmp_path):
+    """Also where a configuration says something else."""
     state = tiny(num_classes=21842, in_chans=1).state_dict()
-    model = from_file(state)
-    assert (model.num_classes, model.in_chans) == (21842, 1)
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    torch.save(state, tmp_path / "weights.pth")
+    for claims in ({}, dict(num_classes=1000, input_size=(3, 16, 16))):
+        overlay = dict(file=str(tmp_path / "weights.pth"), **claims)
+        model = tiny(pretrained=True, pretrained_cfg_overlay=overlay)
+        assert (model.num_classes, model.in_chans) == (21842, 1)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_new_head_and_other_channels(from_file):
@@ -235,6 +239,8 @@ def test_bias_tables_are_resized(from_file):
     expected = far[0] * 0 + near[0] * 1 + near[1] * 4 + far[1] * 9
     torch.testing.assert_close(across[3], torch.tensor(expected))
     torch.testing.assert_close(table[0].flip(0, 1), 24 - table[0], atol=1e-4, rtol=0)  # and the symmetry
+    half = resize_rpb(torch.ones(1, 5, 5, dtype=torch.bfloat16), (4, 3))
+    assert (half.shape, half.dtype, half.eq(1).all().item()) == ((1, 7, 5), torch.bfloat16, True)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +265,14 @@ def test_another_architecture_is_refused(from_file, weights, model, reason, num_
     state = tiny(num_classes=10, **weights).state_dict()
     with pytest.raises(CheckpointError, match=rf"weights\.pth: .*{reason}"):
         from_file(state, num_classes=num_classes, **model)
+
+
+def test_another_patch_size_is_refused():
+    """All shapes but those of the stem are the same, and the stem is timm's to adapt."""
+    options = dict(img_size=16, embed_dim=8, depths=(1, 1), num_heads=(1, 2))
+    state = timm.create_model("dinat_s_tiny", stem_stride=2, **options).state_dict()
+    with pytest.raises(CheckpointError, match=r"1 entries differ \(patch_embed\.proj\.weight is \(8, 3, 2, 2\), not"):
+        fit(state, timm.create_model("dinat_s_tiny", stem_stride=4, **options))
 
 
 def test_weights_of_something_else_are_refused(from_file):
@@ -288,8 +302,9 @@ def test_read_checkpoint_reads_no_code(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(2)}, "hook": print}, tmp_path / "code.pth")
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "code.pth")
-    (tmp_path / "page.pth").write_text("<html></html>")
-    with pytest.raises(CheckpointError, match=r"page\.pth: a web page, not a checkpoint"):
-        read_checkpoint(tmp_path / "page.pth")
+    for page in ("<html></html>", "\n<!DOCTYPE html>", "<?xml version='1.0'?><Error>AccessDenied</Error>"):
+        (tmp_path / "page.pth").write_text(page)
+        with pytest.raises(CheckpointError, match=r"page\.pth: a web page, not a checkpoint"):
+            read_checkpoint(tmp_path / "page.pth")
     torch.save({"a": torch.ones(2)}, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
     assert read_checkpoint(tmp_path / "legacy.pth")["a"].tolist() == [1, 1]

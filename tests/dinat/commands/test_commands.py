@@ -5,18 +5,21 @@ import importlib.util
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from dinat import published as published_figures
-from dinat.checkpoints import to_huggingface, to_native
+from dinat.checkpoints import Shape, to_huggingface, to_native
 from dinat.commands import weights
 from dinat.commands.catalogue import ours
 
@@ -38,6 +41,12 @@ def pico(tmp_path):
 def photo(tmp_path):
     Image.effect_noise((40, 50), 90).save(tmp_path / "photo.jpg")
     return tmp_path / "photo.jpg"
+
+
+def tensor_of(image):
+    """An image as the models see it."""
+    scaled = (np.asarray(image.convert("RGB")) / 255 - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD
+    return torch.from_numpy(scaled).float().permute(2, 0, 1)
 
 
 def refused(result, message):
@@ -63,6 +72,8 @@ def test_convert_keeps_window_channels_and_norms(dinat, tmp_path):
     around = {f"backbone.{key}": value for key, value in model.state_dict().items() if key[:5] != "norm."}
     torch.save(around | {"neck.weight": torch.ones(1)}, tmp_path / "detector.pth")
     assert dinat("convert", tmp_path / "detector.pth", tmp_path / "out")[0] == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [1, 32, 32]
     again = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True, stage_norm=True, features_only=True)
     image = torch.randn(1, 1, 32, 32)
     expected = model.eval().forward_intermediates(image, intermediates_only=True)
@@ -86,6 +97,21 @@ def test_convert_to_huggingface(dinat, tmp_path):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in to_native(state).items())
 
 
+def test_a_backbone_for_huggingface(tmp_path):
+    """NAT, with layer scale, without a classifier, of one channel."""
+    options = dict(embed_dim=8, num_heads=(1, 2, 4, 8), num_classes=0, in_chans=1)
+    model = timm.create_model("nat_mini", depths=(1, 2, 1, 1), ls_init_value=1e-5, stage_norm=True, **options)
+    weights.write_huggingface(model, "nat_mini", Shape.of(model.state_dict()), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["architectures"], config["model_type"], config["num_channels"]) == (["NatBackbone"], "nat", 1)
+    assert (config["depths"], config["num_heads"]) == ([1, 2, 1, 1], [1, 2, 4, 8])
+    assert (config["layer_scale_init_value"], config["id2label"], "dilations" in config) == (1e-5, {}, False)
+    assert config["out_features"] == ["stage1", "stage2", "stage3", "stage4"]
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert {"hidden_states_norms.stage4.weight", "encoder.levels.1.layers.1.layer_scale_parameters"} <= names
+    assert not [name for name in names if name.startswith(("layernorm", "nat.", "classifier"))]
+
+
 def test_convert_to_huggingface_has_limits(dinat, tmp_path):
     state = timm.create_model("nat_isotropic_small").state_dict()
     torch.save(state, tmp_path / "x.pth")
@@ -101,7 +127,8 @@ def test_convert_to_huggingface_has_limits(dinat, tmp_path):
 
 def test_push(dinat, pico, tmp_path, monkeypatch):
     dinat("convert", pico[0], tmp_path / "out")
-    (tmp_path / "out" / "secret.txt").write_text("mine")
+    for name in ("secret.txt", "README.md"):
+        (tmp_path / "out" / name).write_text("mine")
     done = []
     info = SimpleNamespace(commit_url="https://hub/commit")
     api = huggingface_hub.HfApi
@@ -113,7 +140,10 @@ def test_push(dinat, pico, tmp_path, monkeypatch):
     assert status == 0
     assert "https://hub/commit" in out
     assert done[0] == ("create", ("me/model",), dict(private=True, exist_ok=True))
-    assert sorted(done[1][1]["allow_patterns"]) == ["config.json", "model.safetensors"]
+    assert done[1][1]["repo_id"] == "me/model"
+    assert sorted(done[1][1]["allow_patterns"]) == ["README.md", "config.json", "model.safetensors"]
+    dinat("push", tmp_path / "out", "me/model", "--yes")
+    assert done[2] == ("create", ("me/model",), dict(private=False, exist_ok=True))
 
 
 def test_push_that_the_hub_refuses(dinat, hub, pico, tmp_path):
@@ -139,6 +169,30 @@ def test_predict_names_and_formats(dinat, photo, tmp_path, pico):
     for batch_size in (1, 2, 16):
         table = list(csv.DictReader(io.StringIO(dinat(*command, "--top", 1, "--batch-size", batch_size)[1])))
         assert [Path(row["image"]).name for row in table] == ["a.PNG", "b.png", "photo.jpg"]
+
+
+def test_predict_shows_the_softmax_of_the_model(dinat, pico, tmp_path):
+    """In evaluation mode, of each image its own, under the names that the model has for its classes."""
+    images = [Image.effect_noise((32, 32), sigma) for sigma in (30, 90, 60)]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    dinat("convert", pico[0], tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = [f"class {letter}" for letter in "abcdefg"]
+    config |= {"label_names": names, "model_args": {"drop_rate": 0.9}}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    model = timm.create_model("dinat_pico", num_classes=7).eval()
+    model.load_state_dict(pico[1])
+    with torch.no_grad():
+        probabilities = model(torch.stack(list(map(tensor_of, images)))).softmax(1)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    options = ("--model", f"local-dir:{tmp_path}/out", "--format", "json", "--top", 2, "--batch-size", 2)
+    rows = json.loads(dinat("predict", *files, *options)[1])
+    for i, row in enumerate(rows):
+        index = probabilities[i // 2].argsort(descending=True)[i % 2].item()
+        assert (row["image"], row["rank"]) == (str(files[i // 2]), i % 2 + 1)
+        assert (row["index"], row["label"]) == (index, names[index])
+        assert row["probability"] == pytest.approx(probabilities[i // 2, index].item(), abs=1e-5)
 
 
 def test_predict_refuses(dinat, photo, tmp_path, pico):
@@ -177,21 +231,59 @@ def test_download_refuses(dinat, hub):
     refused(dinat("download", "dinat_mini"), "a web page, not a checkpoint")
 
 
+def test_options_of_download_reach_it(dinat, monkeypatch, photo, tmp_path):
+    calls = []
+    monkeypatch.setattr(weights.checkpoints, "download", lambda *arguments: (calls.append(arguments[1:]), photo)[1])
+    dinat("download", "dinat_mini", "--cache-dir", tmp_path, "--sha256", "A" * 64, "--force")
+    dinat("download", "dinat_mini")
+    assert calls == [(tmp_path, "A" * 64, True), (None, None, False)]
+
+
+def test_known_logits_are_those_of_the_squashed_image(photo):
+    options = dict(img_size=32, embed_dim=8, depths=(1, 1), num_heads=(1, 2))
+    model = timm.create_model("dinat_mini", pretrained_cfg_overlay=dict(input_size=(3, 32, 32)), **options).eval()
+    seen = []
+    model.register_forward_pre_hook(lambda _, images: seen.append(images[0]))
+    logits = weights.known_image_logits(model, photo)
+    squashed = Image.open(photo).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+    torch.testing.assert_close(seen[0][0], tensor_of(squashed))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(seen[0])[0])
+
+
+def test_no_command_runs_code_of_a_checkpoint(dinat, photo, tmp_path):
+    class Touch:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "touched",)
+
+    torch.save({"state_dict": timm.create_model("dinat_pico").state_dict(), "hook": Touch()}, tmp_path / "bad.pth")
+    refused(dinat("convert", tmp_path / "bad.pth", tmp_path / "out"), "bad.pth: not a readable checkpoint")
+    command = ("predict", photo, "--model", "dinat_pico", "--checkpoint", tmp_path / "bad.pth")
+    refused(dinat(*command), "bad.pth: not a readable checkpoint")
+    assert not (tmp_path / "touched").exists()
+
+
 def test_verify_refuses_other_logits_and_infinite_weights(dinat, hub, monkeypatch, photo):
+    small = dict(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, **small))
     model = timm.create_model("dinat_mini")
     address = "/shi-labs/dinat-mini-in1k-224/resolve/main/pytorch_model.bin"
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     hub.files[address] = file.getvalue()
-    status, _, err = dinat("verify", "dinat_mini", "--image", photo)
-    assert status == 2
-    assert "the logits begin [" in err
+    known = weights.known_image_logits(model.eval(), photo)[:3]
+    for deviation in (0.1, -0.1):
+        figures = {"dinat_mini.shi_in1k": tuple((known + torch.tensor([0, deviation, 0])).tolist())}
+        monkeypatch.setattr(weights, "LOGITS", figures)
+        status, _, err = dinat("verify", "dinat_mini", "--image", photo)
+        assert status == 2
+        assert "the logits begin [" in err
     status, _, err = dinat("verify", "dinat_mini", "--image", "/nowhere.jpg")
     assert (status, "/nowhere.jpg: no such file" in err) == (2, True)
     monkeypatch.setattr(weights, "LOGITS_IMAGE", "http://127.0.0.1:9/cats.jpg")
     status, _, err = dinat("verify", "dinat_mini")
     assert (status, "Give a copy of it with --image" in err) == (2, True)
-    model.norm.weight.data[3] = float("inf")
+    model.norm.weight.data[3] = -float("inf")
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     hub.files[address] = file.getvalue()
