@@ -1,6 +1,8 @@
 """Two processes: training that agrees with one process, evaluation that is exact, sharding that works."""
 
+import csv
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,13 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from dinat.distributed import join
 from dinat.engine import evaluate, train
 
 JOB = Path(__file__).with_name("distributed_job.py")
 # Nothing here draws random numbers by process, so that the number of processes must not matter.
 PLAIN = ("augment=light", "model.drop_path_rate=0", "scheduler.epochs=2")
+STILL = (*PLAIN, "optimizer.lr=0", "scheduler.warmup_lr=0", "scheduler.min_lr=0", "augment=none", "eval_every=9")
 MIXED = ("augment=imagenet", "model.drop_path_rate=0.2", "ema.decay=0.8", "runtime.workers=1")
 
 
@@ -30,6 +34,9 @@ def two(tiny, trained, evaluation, python, tmp_path_factory, digits_folder):
         "fsdp": ("train", tiny(*PLAIN, "runtime.parallel=fsdp")),
         "mixed": ("train", tiny(*MIXED)),
         "sharded_mixed": ("train", tiny(*MIXED, "runtime.parallel=fsdp", "runtime.dtype=bfloat16")),
+        "still": ("train", tiny(*STILL)),
+        "stop": ("stop", tiny("checkpoint.every_steps=1")),
+        "facts": ("facts", tiny("seed=7", "runtime.grad_accum=2")),
         "eval": ("eval", evaluation(f"checkpoint={trained[0]}", f"output={output}", "per_class=true")),
     }
     jobs = {
@@ -64,6 +71,51 @@ def test_the_number_of_processes_does_not_matter(two, tiny, tmp_path, job):
     for name in alone:
         torch.testing.assert_close(together[name], alone[name], rtol=2e-3, atol=5e-5)
     assert results[job][0]["top1"] == pytest.approx(top1, abs=100 / 37 + 1e-6)  # one image on the fence at most
+
+
+def test_parameters_are_sharded_under_fsdp(two):
+    """`runtime.parallel`: each process has half of a parameter, or all of it."""
+    assert [two[0][job][0]["sharded"] > 0 for job in ("ddp", "fsdp")] == [False, True]
+
+
+def test_device(monkeypatch):
+    """`runtime.device`: the accelerator if there is one, or what is named."""
+    for accelerator in (None, torch.device("mps")):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda here=accelerator: here is not None)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda here=accelerator: here)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+        found = []
+        for device in ("auto", "cpu"):
+            with join(device) as world:
+                found.append(world.device.type)
+        assert found == ["mps" if accelerator else "cpu", "cpu"]
+
+
+def test_figures_are_of_all_processes(two, tiny, tmp_path):
+    """Weights that do not move have the loss and the top-1 of all training images, whoever saw which."""
+    train(tiny(*STILL, "batch_size=120"), tmp_path)
+    alone, together = (list(csv.DictReader((run / "summary.csv").open())) for run in (tmp_path, two[1] / "still"))
+    for row, other in zip(alone, together, strict=True):
+        assert float(other["train_loss"]) == pytest.approx(float(row["train_loss"]), rel=1e-5)
+        assert float(other["train_top1"]) == pytest.approx(float(row["train_top1"]), abs=1e-6)
+
+
+def test_one_process_that_is_told_to_stop_stops_all(two):
+    results, output = two
+    for result in results["stop"]:
+        assert result == {"stopped": f"stopped by SIGTERM after 2 updates; saved {output}/stop/last.pt", "steps": 2}
+    assert torch.load(output / "stop" / "last.pt", mmap=True)["step"] == 2
+
+
+def test_processes_draw_from_different_facts(two):
+    """Each image is drawn for once per epoch, by one of the two; steps by (seed, process, update, part)."""
+    first, second = ([tuple(facts) for facts in found] for found in two[0]["facts"])
+    images = [(7, epoch, index) for epoch in (0, 1) for index in range(120)]
+    assert Counter(facts for facts in first + second if len(facts) == 3) == Counter(images)
+    for rank, found in enumerate((first, second)):
+        steps = [(7, rank, step, part) for step in range(10) for part in (0, 1)]
+        others = [facts for facts in found if len(facts) != 3]
+        assert Counter(others) == Counter([(7,), (7, 0), (7, 1), *steps])
 
 
 def test_sharded_training_exports_a_whole_model(two, evaluation, tmp_path):
