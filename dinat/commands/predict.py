@@ -16,12 +16,12 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
-from timm.data.readers import get_img_extensions
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import nn
 
 from dinat.commands.catalogue import console, find
-from dinat.commands.weights import read_image
+from dinat.data import ImageError, open_image, resolve_preprocessing
+from dinat.data.images import pick_images, walk_data
 from dinat.errors import CheckpointError, UserError
 
 
@@ -40,6 +40,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
     format: Annotated[Format, typer.Option(help="How to print them.")] = Format.table,
+    exif_transpose: Annotated[bool, typer.Option("--exif-transpose", help="Turn images upright first.")] = False,
 ) -> None:
     """Show the likeliest classes of images."""
     files = list(find_images(images))
@@ -47,31 +48,47 @@ def predict(
     if not network.num_classes:
         raise UserError(f"--model {model}: its weights have no classifier.")
     names = class_names(network)
-    transform = create_transform(**resolve_data_config(model=network))
+    preprocessing = resolve_preprocessing({}, network)
+    transform = create_transform(**preprocessing)
     rows: list[dict[str, Any]] = []
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    unreadable = 0
     steps = range(0, len(files), batch_size)
     for start in track(steps, "images", console=errors, transient=True, disable=not errors.is_terminal):
-        batch = files[start : start + batch_size]
+        batch: list[tuple[Path, torch.Tensor]] = []
+        for file in files[start : start + batch_size]:
+            try:
+                image = open_image(file, channels=preprocessing["input_size"][0], exif_transpose=exif_transpose)
+                batch.append((file, transform(image)))
+            except ImageError as error:
+                errors.print(f"{file}: {error}")
+                unreadable += 1
+        if not batch:
+            continue
         with torch.inference_mode():
-            logits = network(torch.stack([transform(read_image(file)) for file in batch]))
+            logits = network(torch.stack([pixels for _, pixels in batch]))
         best = logits.softmax(dim=1).topk(min(top, network.num_classes), dim=1)
-        for file, probabilities, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
+        for (file, _), probabilities, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
             for rank, (probability, index) in enumerate(zip(probabilities, indices, strict=True), start=1):
                 rows.append(
                     dict(image=str(file), rank=rank, index=index, label=names[index], probability=round(probability, 6))
                 )
-    show(rows, format)
+    if rows:
+        show(rows, format)
+    if unreadable:
+        raise UserError(f"{unreadable} of {len(files)} images cannot be read and have no rows.")
 
 
 def find_images(paths: list[Path]) -> Iterator[Path]:
-    """The files among `paths`, and all images below the folders among them, sorted."""
+    """The files among `paths`, and all images below the folders among them, sorted; says what else is there."""
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in get_img_extensions())
-            if not found:
+            images, left_out = pick_images(str(folder / name) for folder, _, names in walk_data(path) for name in names)
+            if left_out:
+                print(f"{path}: {left_out}", file=sys.stderr)
+            if not images:
                 raise UserError(f"IMAGE {path}: the folder holds no images.")
-            yield from found
+            yield from sorted(map(Path, images))
         elif path.is_file():
             yield path
         else:

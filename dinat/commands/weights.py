@@ -11,7 +11,6 @@ import timm
 import torch
 import typer
 from huggingface_hub import HfApi
-from PIL import Image
 from safetensors.torch import save_file
 from timm.models import PretrainedCfg, get_arch_name
 from timm.models._hub import get_cache_dir
@@ -21,6 +20,7 @@ from dinat import checkpoints
 from dinat.checkpoints import Shape
 from dinat.checkpoints.fetching import sha256_of
 from dinat.commands.catalogue import Model, console, find, full_name, ours
+from dinat.data.images import ImageError, open_image
 from dinat.errors import CheckpointError, UserError
 from dinat.published import LOGITS, LOGITS_IMAGE
 
@@ -91,17 +91,13 @@ def known_image_logits(network: nn.Module, image: Path | None) -> Tensor:
                 torch.hub.download_url_to_file(LOGITS_IMAGE, str(image), progress=False)
             except OSError as error:
                 raise UserError(f"{LOGITS_IMAGE}: {error}. Give a copy of it with --image.") from error
+    try:
+        picture = open_image(image)
+    except ImageError as error:
+        raise UserError(f"{image}: {error}.") from error
     config = timm.data.resolve_data_config(model=network) | {"crop_pct": 1.0, "crop_mode": "squash"}
     with torch.inference_mode():
-        return network(timm.data.create_transform(**config)(read_image(image))[None])[0]
-
-
-def read_image(path: Path) -> Image.Image:
-    """An RGB image. Raises UserError for a file that is not one."""
-    try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path}: {error if path.exists() else 'no such file'}.") from error
+        return network(timm.data.create_transform(**config)(picture)[None])[0]
 
 
 def convert(

@@ -1,6 +1,7 @@
 """Datasets, order, augmentation: everything between files and a batch on the device."""
 
 from dinat.data.imagenet import accepted_labels, competing_classes
+from dinat.data.images import ImageError, open_image
 from dinat.data.loaders import IGNORE, TrainLoader, blank, count_images, eval_loader
 from dinat.data.seeding import reseed
 from dinat.data.sources import class_to_idx, open_split
@@ -9,6 +10,7 @@ from dinat.data.transforms import Augment, Normalize, eval_transform, resolve_pr
 __all__ = [
     "IGNORE",
     "Augment",
+    "ImageError",
     "Normalize",
     "TrainLoader",
     "accepted_labels",
@@ -18,6 +20,7 @@ __all__ = [
     "count_images",
     "eval_loader",
     "eval_transform",
+    "open_image",
     "open_split",
     "reseed",
     "resolve_preprocessing",

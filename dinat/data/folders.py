@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision import tv_tensors
 
+from dinat.data.images import open_image
 from dinat.data.sources import SYNONYMS
 from dinat.errors import UserError
 
@@ -47,6 +47,5 @@ def existing_root(root: str | Path | None) -> Path:
 
 def read_image(path: Path) -> tv_tensors.Image:
     """An image file as uint8 (3, H, W)."""
-    with Image.open(path) as image:
-        pixels = np.array(image.convert("RGB"))
+    pixels = np.array(open_image(path))
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())

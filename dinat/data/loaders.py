@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -22,12 +22,14 @@ from timm.data import ImageDataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from dinat.data.imagenet import IGNORE
+from dinat.data.images import ImageError, open_image
 from dinat.data.seeding import derive, reseed_host
 from dinat.errors import UserError
 
 ATTEMPTS = 10  # neighbours tried in place of an unreadable training image before giving up
 
 Batch = tuple[torch.Tensor, torch.Tensor, list[str]]
+Opener = Callable[[Any], Image.Image]  # `open_image` with the settings of this data
 
 
 class Images(Dataset):
@@ -38,9 +40,10 @@ class Images(Dataset):
     """
 
     def __init__(
-        self, source: Dataset, transform: Callable, size: Sequence[int], *, seed: int, substitute: bool
+        self, source: Dataset, transform: Callable, size: Sequence[int], opener: Opener, *, seed: int, substitute: bool
     ) -> None:
-        self.source, self.transform, self.seed, self.substitute = source, transform, seed, substitute
+        self.source, self.transform, self.opener = source, transform, opener
+        self.seed, self.substitute = seed, substitute
         self.filler = torch.zeros(tuple(size), dtype=torch.uint8)
 
     def __len__(self) -> int:
@@ -65,40 +68,72 @@ class Images(Dataset):
     def read(self, index: int) -> tuple[Image.Image, int]:
         if not isinstance(self.source, ImageDataset):
             image, target = self.source[index]
-            return image.convert("RGB"), target
+            return self.opener(image), target
         # Straight from timm's reader: ImageDataset itself puts the next image in place of one that it cannot read.
         file, target = self.source.reader[index]
         with file:
-            return Image.open(file).convert("RGB"), target
+            return self.opener(file), target
 
     def describe(self, index: int) -> str:
         try:
-            return str(self.source.filename(index, absolute=True))
+            name = self.source.filename(index, absolute=True)
         except Exception:  # not every dataset can name its images
-            return f"image {index}"
+            name = None
+        return str(name or f"image {index}")
 
 
 class Stream(IterableDataset):
     """Images of a timm stream; every `stride`-th one from `offset` on, randomly transformed where `seed` is set.
+
+    An unreadable image is replaced by the next one in training (where `seed` is set) and by a filler in evaluation, as
+    in `Images`; what the stream calls it is its `name`, else its number in this worker's part.
 
     A stream opens its files where it is iterated and keeps its place there, so it is always iterated in a worker
     process that was forked for this epoch.
     """
 
     def __init__(
-        self, source: IterableDataset, transform: Callable, *, seed: int | None = None, stride: int = 1, offset: int = 0
-    ) -> None:
-        self.source, self.transform, self.seed, self.stride, self.offset = source, transform, seed, stride, offset
+        self, source: IterableDataset, transform: Callable, size: Sequence[int], opener: Opener, *,
+        seed: int | None = None, stride: int = 1, offset: int = 0,
+    ) -> None:  # fmt: skip
+        self.source, self.transform, self.opener = source, transform, opener
+        self.seed, self.stride, self.offset = seed, stride, offset
+        self.filler = torch.zeros(tuple(size), dtype=torch.uint8)
         self.epoch = 0
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int, list[str]]]:
-        worker = get_worker_info().id
-        for count, (image, target) in enumerate(self.source):
+        problems: list[str] = []  # of images that are still to be replaced, the ones just before `count`
+        good = None
+        for count, (encoded, target) in enumerate(self.source):
             if count % self.stride != self.offset:
                 continue
+            try:
+                if target is None:
+                    raise ImageError("its label is no number")
+                good = self.opener(encoded), int(target)
+            except ImageError as error:
+                problems.append(f"{getattr(encoded, 'name', None) or f'image {count}'}: {error}")
+                if self.seed is None or len(problems) == ATTEMPTS:
+                    yield self.filler, IGNORE, problems
+                    problems = []
+                continue
+            yield from self.draw(good, problems, range(count - len(problems), count + 1))
+            problems = []
+        if problems and good:  # the last images have no next one
+            yield from self.draw(good, problems, range(count + 1 - len(problems), count + 1))
+        elif problems:
+            yield self.filler, IGNORE, problems
+
+    def draw(
+        self, good: tuple[Image.Image, int], problems: list[str], numbers: Iterable[int]
+    ) -> Iterator[tuple[torch.Tensor, int, list[str]]]:
+        """An image in each of these places of the stream; the first tells of the problems."""
+        image, target = good
+        for number in numbers:
             if self.seed is not None:
-                reseed_host(self.seed, self.epoch, self.offset, worker, count)
-            yield torch.as_tensor(self.transform(image)), int(target), []
+                reseed_host(self.seed, self.epoch, self.offset, get_worker_info().id, number)
+            yield torch.as_tensor(self.transform(image)), target, problems
+            problems = []
 
 
 def collate(samples: list[tuple[torch.Tensor, int, list[str]]]) -> Batch:
@@ -169,6 +204,7 @@ class TrainLoader:
     Args:
         source: a dataset as `open_split` returns it.
         transform: PIL image -> uint8 `(C, H, W)`.
+        opener: opens an image as the model needs it.
         batch_size: images per batch and process.
         parts: batches per update (gradient accumulation).
 
@@ -178,18 +214,18 @@ class TrainLoader:
 
     def __init__(
         self, source: Dataset, transform: Callable, size: Sequence[int], *, batch_size: int, parts: int, rank: int,
-        ranks: int, seed: int, workers: int, pin_memory: bool,
+        ranks: int, seed: int, workers: int, pin_memory: bool, opener: Opener = open_image,
     ) -> None:  # fmt: skip
         self.parts = parts
         if isinstance(source, IterableDataset):
             workers = _stream_workers(source, workers, ranks)
-            dataset = Stream(source, transform, seed=seed + rank)
+            dataset = Stream(source, transform, size, opener, seed=seed + rank)
             self.updates = len(source) // (batch_size * parts)  # the reader's length is this process's share
             self.loader = _loader(
                 dataset, workers, pin_memory, batch_size=batch_size, drop_last=True, generator=torch.Generator()
             )
         else:
-            dataset = Images(source, transform, size, seed=seed, substitute=True)
+            dataset = Images(source, transform, size, opener, seed=seed, substitute=True)
             order = TrainOrder(len(dataset), batch_size, parts, rank, ranks, seed)
             self.updates = order.updates
             self.loader = _loader(dataset, workers, pin_memory, batch_sampler=order, persistent_workers=workers > 0)
@@ -229,7 +265,7 @@ class EvalOrder:
 
 def eval_loader(
     source: Dataset, transform: Callable, size: Sequence[int], *, batch_size: int, rank: int, ranks: int, workers: int,
-    pin_memory: bool,
+    pin_memory: bool, opener: Opener = open_image,
 ) -> DataLoader:  # fmt: skip
     """A loader of each image once over all processes; rows with target `IGNORE` are not images.
 
@@ -239,9 +275,9 @@ def eval_loader(
     if isinstance(source, IterableDataset):
         source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
         workers = _stream_workers(source, workers, 1)
-        dataset = Stream(source, transform, stride=ranks, offset=rank)
+        dataset = Stream(source, transform, size, opener, stride=ranks, offset=rank)
         return _loader(dataset, workers, pin_memory, batch_size=batch_size)
-    dataset = Images(source, transform, size, seed=0, substitute=False)
+    dataset = Images(source, transform, size, opener, seed=0, substitute=False)
     order = EvalOrder(len(dataset), batch_size, rank, ranks)
     return _loader(dataset, workers, pin_memory, batch_sampler=order, persistent_workers=workers > 0)
 

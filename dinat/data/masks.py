@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from dinat.data.folders import existing_root, first_existing, read_image, split_names
+from dinat.data.images import image_endings
 from dinat.errors import UserError
 
 IGNORED = 255  # in the maps of targets
@@ -58,8 +59,7 @@ class SemanticFolder(Dataset):
         if len(self.classes) > IGNORED:
             raise UserError(f"{len(self.classes)} classes: at most {IGNORED} fit into a map of bytes.")
         self.values = _label_of_values(len(self.classes), ignore_label, reduce_zero_label)
-        readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-        self.pairs = _pair(_files(self.images, readable), _files(self.masks, MASK_FILES))
+        self.pairs = _pair(_files(self.images, image_endings()), _files(self.masks, MASK_FILES))
 
     def __len__(self) -> int:
         return len(self.pairs)

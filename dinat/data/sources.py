@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm.data import create_dataset
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset, IterableDataset
 
 from dinat.data import imagenet
+from dinat.data.class_folders import ClassFolders
 from dinat.data.digits import Digits
 from dinat.errors import UserError
 
 READERS = "digits, folder (also of .tar files), torch/NAME, hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME"
 STREAMS = ("wds/", "hfids/", "tfds/")  # read in order, no access by index
+ENCODED = ("wds/", "hfids/")  # those that give images as they are stored
 SYNONYMS = {"train": ("training",), "validation": ("val", "valid", "eval", "test")}
 
 
@@ -34,36 +37,73 @@ def open_split(
         UserError: for an unknown reader, a missing path, a class folder without images, or whatever else the reader
             refuses.
     """
+    try:
+        dataset = _open(data, split, class_map, seed, batch_size)
+    except UserError:
+        raise
+    except Exception as error:  # readers raise what they please: assertions, IndexErrors, errors of their libraries
+        part = data["train_split" if split == "train" else "val_split"]
+        where = f"data.name={data['name']}, data.root={data['root']}"
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{where}: split '{part}' cannot be opened: {reason}") from error
+    if data.get("benchmark") == "imagenet_real" and split != "train":
+        dataset.reader.samples = imagenet.number_images(dataset.reader.samples)
+    return dataset
+
+
+def _open(
+    data: Mapping[str, Any], split: str, class_map: dict[str, int] | None, seed: int, batch_size: int
+) -> Dataset | IterableDataset:
     training = split == "train"
     name, part = data["name"], data["train_split" if training else "val_split"]
     if name == "digits":
         return Digits(split)
     if name == "folder":
-        root = _locate(data, split)
-        known = data["class_map"] or imagenet.class_map(data.get("benchmark"))
-        options = {"class_map": known or class_map, "input_key": data["input_key"], "search_split": False}
-    elif "/" in name:
-        root = data["root"]
-        options = {"split": part, "download": data["download"]}
-        if not name.startswith("torch/"):
-            options |= {key: data[key] for key in ("class_map", "input_key", "target_key")}
-        if name.startswith(STREAMS):
-            samples = data["train_samples" if training else "val_samples"]
-            options |= {"is_training": training, "num_samples": samples, "seed": seed, "batch_size": batch_size}
-    else:
+        return _open_folder(data, split, class_map)
+    if "/" not in name:
         raise UserError(f"data.name={name}: no such dataset reader. Known: {READERS}.")
+    root = data["root"]
+    options = {"split": part, "download": data["download"]}
+    if not name.startswith("torch/"):
+        options |= {key: data[key] for key in ("class_map", "input_key", "target_key")}
+    if name.startswith(STREAMS):
+        samples = data["train_samples" if training else "val_samples"]
+        options |= {"is_training": training, "num_samples": samples, "seed": seed, "batch_size": batch_size}
     if name.startswith("wds/") and not (":" in str(root) or Path(str(root)).is_dir()):
         raise UserError(f"data.root={root}: no such directory of webdataset shards.")
-    try:
-        dataset = create_dataset("" if name == "folder" else name, root=root, **options)
-    except Exception as error:  # readers raise what they please: assertions, IndexErrors, errors of their libraries
-        reason = str(error) or type(error).__name__
-        raise UserError(f"data.name={name}, data.root={root}: split '{part}' cannot be opened: {reason}") from error
-    if data.get("benchmark") == "imagenet_real" and not training:
-        dataset.reader.samples = imagenet.number_images(dataset.reader.samples)
-    if name == "folder" and Path(root).is_dir() and not known:
-        _refuse_classes_without_images(Path(root), dataset.reader, class_map)
-    return dataset
+    if name.startswith(ENCODED):
+        return IterableImageDataset(root, reader=_open_encoded(name, root, options))
+    return create_dataset(name, root=root, **options)
+
+
+def _open_folder(data: Mapping[str, Any], split: str, class_map: dict[str, int] | None) -> ImageDataset:
+    known, known_from = data["class_map"], "classes of data.class_map"
+    if known and not isinstance(known, str):
+        known = {str(name): index for name, index in known.items()}
+    if not known and (known := imagenet.class_map(data.get("benchmark"))):
+        known_from = f"classes of data.benchmark={data['benchmark']}"
+    reader = ClassFolders(
+        _locate(data, split),
+        known or class_map,
+        known_from=known_from if known else "training classes",
+        complete=not known,
+        endings=data["input_key"].split(";") if data["input_key"] else None,
+    )
+    return ImageDataset(None, reader=reader)
+
+
+def _open_encoded(name: str, root: str | None, options: dict[str, Any]) -> Reader:
+    """A reader of a stream that leaves its images as they are stored."""
+    options = {key: value for key, value in options.items() if value is not None}
+    kind, _, rest = name.partition("/")
+    if kind == "wds":
+        from dinat.data.shards import Shards
+
+        del options["download"]
+        return Shards(root, rest, **options)
+    from dinat.data.hugging_face import HuggingFaceStream
+
+    return HuggingFaceStream(rest, root, input_img_mode="", **options)
 
 
 def class_to_idx(dataset: Dataset) -> dict[str, int]:
@@ -89,12 +129,3 @@ def _locate(data: Mapping[str, Any], split: str) -> str:
         f"data.{key}={data[key]}: {root} holds no folder or .tar file of that name; it holds {found}. "
         f"Use data.{key}=. if the class folders are directly in data.root."
     )
-
-
-def _refuse_classes_without_images(root: Path, reader: Any, class_map: dict[str, int] | None) -> None:
-    """timm passes over an empty class folder in silence, which would renumber the classes after it."""
-    used = {Path(path).relative_to(root).parts[0] for path, _ in reader.samples}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name not in used):
-        if class_map and folder.name not in class_map:
-            raise UserError(f"data.root: class folder {folder} is not among the {len(class_map)} training classes.")
-        raise UserError(f"data.root: class folder {folder} holds no images. Remove it or fill it.")

@@ -11,22 +11,37 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
+from dinat.data.images import MODES
 from dinat.errors import UserError
 
-PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+PREPROCESSING = ("interpolation", "crop_pct", "crop_mode")
 
 
-def resolve_preprocessing(data: Mapping[str, Any], model: nn.Module, img_size: int | None = None) -> dict[str, Any]:
+def resolve_preprocessing(
+    data: Mapping[str, Any], model: nn.Module, img_size: int | None = None, in_chans: int | None = None
+) -> dict[str, Any]:
     """timm's data config: `input_size` (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
 
-    The model's own `pretrained_cfg`, overridden by what `data` sets. `img_size` is the size the model was built for,
-    where it is not its native one.
+    The model's own `pretrained_cfg`, overridden by what `data` sets. `img_size` and `in_chans` are what the model was
+    built for, where it is not its native one. Grey images have the mean over the colours as mean and std.
+
+    Raises:
+        UserError: for channels that no image has, or a mean or std that has neither one value nor one per channel.
     """
-    chosen = {key: data[key] for key in PREPROCESSING if data[key] is not None}
-    if size := data["img_size"] or img_size:
+    channels = in_chans or model.pretrained_cfg["input_size"][0]
+    if channels not in MODES:
+        raise UserError(f"model.kwargs.in_chans={channels}: images have 1 channel (grey) or 3 (RGB).")
+    config = resolve_data_config({key: data[key] for key in PREPROCESSING if data.get(key) is not None}, model=model)
+    height, width = config["input_size"][1:]
+    if size := data.get("img_size") or img_size:
         height, width = (size, size) if isinstance(size, int) else size
-        chosen["input_size"] = (3, height, width)
-    return resolve_data_config(chosen, model=model)
+    config["input_size"] = (channels, height, width)
+    for key in ("mean", "std"):
+        values = tuple(data.get(key) or config[key])
+        if len(values) not in (1, 3):
+            raise UserError(f"data.{key}={list(values)}: give one value, or one per channel of RGB.")
+        config[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
+    return config
 
 
 def train_transform(preprocessing: Mapping[str, Any], options: Mapping[str, Any]) -> Callable:

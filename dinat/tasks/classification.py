@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,6 +23,7 @@ from dinat.data import (
     competing_classes,
     eval_loader,
     eval_transform,
+    open_image,
     open_split,
     resolve_preprocessing,
     train_transform,
@@ -28,8 +32,10 @@ from dinat.distributed import World
 from dinat.errors import UserError
 from dinat.metrics.classification import ClassificationMetric, check_labels
 from dinat.published import TOP1
-from dinat.tasks.models import build_model, check_model_name, export, load_weights, to_dict
+from dinat.tasks.models import build_model, check_model_name, export, load_weights, refusal, to_dict
 from dinat.tasks.task import Origin, Step, Task
+
+log = logging.getLogger("dinat")
 
 
 class Classification(Task):
@@ -54,7 +60,7 @@ class Classification(Task):
         self.classes = sorted(class_map, key=class_map.get)
 
     def build_model(self) -> nn.Module:
-        return self.prepare_for(build_model(self.model, self.num_classes))
+        return self.build(self.num_classes)
 
     def open_validation(self, origin: Origin) -> None:
         class_map = {name: index for index, name in enumerate(origin.classes)} or None
@@ -63,7 +69,7 @@ class Classification(Task):
     def load_model(self, origin: Origin, use_ema: bool) -> nn.Module:
         found = class_to_idx(self.val_set)
         in_data = max(found.values()) + 1 if found else self.data["num_classes"]
-        model = build_model(self.model, origin.num_classes or (in_data if origin.weights else None))
+        model = self.build(origin.num_classes or (in_data if origin.weights else None))
         if in_data is not None and in_data != model.num_classes:
             raise UserError(
                 f"class counts differ: the model has {model.num_classes}, the data {in_data}. "
@@ -73,12 +79,44 @@ class Classification(Task):
             load_weights(model, origin.weights, use_ema=use_ema)
         self.num_classes = model.num_classes
         self.classes = origin.classes or list(found)
-        return self.prepare_for(model)
+        return model
 
-    def prepare_for(self, model: nn.Module) -> nn.Module:
-        """Settles what the model says of its input; returns the model."""
-        self.preprocessing = resolve_preprocessing(self.data, model, to_dict(self.model["kwargs"]).get("img_size"))
+    def build(self, num_classes: int | None) -> nn.Module:
+        """The model on its device, tried out on one blank image; settles how images are prepared for it.
+
+        Where the model refuses the image size, it is built for that size, or without `model.kwargs.img_size`.
+        """
+        given = to_dict(self.model["kwargs"])
+        attempts = [given]
+        if size := self.data["img_size"] or given.get("img_size"):
+            attempts += [{**given, "img_size": size}, {key: given[key] for key in given if key != "img_size"}]
+        refused = None
+        for arguments in attempts:
+            try:
+                model = self.attempt(arguments, given, num_classes)
+            except UserError as error:
+                refused = refused or error
+                continue
+            if arguments != given:
+                log.info("%s: built with model.kwargs=%s for this image size", self.model["name"], arguments)
+                self.model = {**self.model, "kwargs": arguments}
+            return model
+        raise refused
+
+    def attempt(self, arguments: dict[str, Any], given: dict[str, Any], num_classes: int | None) -> nn.Module:
+        model = build_model({**self.model, "kwargs": arguments}, num_classes).to(self.world.device)
+        self.preprocessing = resolve_preprocessing(self.data, model, given.get("img_size"), given.get("in_chans"))
+        channels, height, width = self.preprocessing["input_size"]
+        self.opener = partial(open_image, channels=channels, exif_transpose=bool(self.data.get("exif_transpose")))
         self.normalize = Normalize(self.preprocessing, self.world.device, self.runtime["channels_last"])
+        with self.autocast():
+            reason = refusal(model, torch.zeros(1, channels, height, width, device=self.world.device))
+        if reason:
+            size, beside = height if height == width else [height, width], f" with model.kwargs={arguments}"
+            raise UserError(
+                f"data.img_size={size}: {self.model['name']}{beside if arguments else ''} cannot take it: {reason}. "
+                f"It was made for {model.pretrained_cfg['input_size'][-1]} pixels."
+            )
         return model
 
     def train_loader(self, augment: Mapping[str, Any], *, batch_size: int, parts: int, seed: int) -> TrainLoader:
@@ -91,12 +129,12 @@ class Classification(Task):
         transform = train_transform(self.preprocessing, to_dict(augment["transform"]))
         return TrainLoader(
             self.train_set, transform, self.preprocessing["input_size"], batch_size=batch_size, parts=parts, seed=seed,
-            **self.share,
+            opener=self.opener, **self.share,
         )  # fmt: skip
 
     def eval_loader(self, batch_size: int) -> DataLoader:
-        size = self.preprocessing["input_size"]
-        return eval_loader(self.val_set, eval_transform(self.preprocessing), size, batch_size=batch_size, **self.share)
+        size, transform = self.preprocessing["input_size"], eval_transform(self.preprocessing)
+        return eval_loader(self.val_set, transform, size, batch_size=batch_size, opener=self.opener, **self.share)
 
     def step(self, model: nn.Module, images: Tensor, targets: Tensor) -> Step:
         check_labels(targets, self.num_classes)

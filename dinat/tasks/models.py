@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from omegaconf import OmegaConf
 from timm.models import get_pretrained_cfg, save_for_hf
 from torch import Tensor, nn
@@ -65,6 +67,24 @@ def build_model(model: Mapping[str, Any], num_classes: int) -> nn.Module:
     if model["checkpoint"]:
         load_weights(network, model["checkpoint"], reset_head=model["reset_head"], key="model.checkpoint")
     return network
+
+
+def refusal(model: nn.Module, images: Tensor) -> str | None:
+    """Why a model cannot take images of this shape, in its own words; None where it can.
+
+    Found out by a forward pass in evaluation mode, which changes nothing and draws nothing.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model.forward(images)  # not called: hooks are for images of the data
+    except Exception as error:  # models raise what they please
+        line = traceback.extract_tb(error.__traceback__)[-1].line  # tells more than an assertion without words
+        return " ".join(str(error).split()) or line or type(error).__name__
+    finally:
+        model.train(training)
+    return None
 
 
 def load_weights(

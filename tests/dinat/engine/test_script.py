@@ -144,7 +144,9 @@ def test_parts_of_an_update_draw_different_numbers(observe):
     """Of the same 20 images at the same weights, dropout makes different inputs of the head in each part and update."""
     inputs = []
     handle = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, args: inputs.append((args[0] == 0).flatten()) if isinstance(module, torch.nn.Linear) else None
+        lambda module, args: (
+            inputs.append((args[0] == 0).flatten()) if isinstance(module, torch.nn.Linear) and module.training else None
+        )
     )
     options = ("optimizer.lr=0", "runtime.grad_accum=2", "eval_batch_size=64")
     observe("model.drop_path_rate=0.5", "batch_size=60", *options)
