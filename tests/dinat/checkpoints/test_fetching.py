@@ -318,11 +318,15 @@ def test_cache_dir(hub, load, state, tmp_path):
 
 @pytest.mark.parametrize("source", [HUB, FILE])
 def test_connection_that_breaks(hub, load, state, source):
-    """Goes on from where it broke, within the call."""
+    """Goes on from where it broke, within the call; huggingface_hub 0.x does so in the next one."""
     hub.files = {source: saved(state)}
     hub.cut[source] = [3000, 7000]
+    for _ in range(2 if huggingface_hub.__version__ < "1" else 0):
+        with pytest.raises(CheckpointError, match="no source has the weights"):
+            load()
     assert same(load(), state)
-    assert [asked for method, path, asked in hub.log if method == "GET"] == [None, "bytes=3000-", "bytes=7000-"]
+    asked = [span for method, path, span in hub.log if (method, path) == ("GET", source)]
+    assert asked == [None, "bytes=3000-", "bytes=7000-"]
 
 
 def test_connection_that_stays_broken(hub, load, state, caches):
