@@ -54,7 +54,7 @@ class ClassFolders(Reader):
         files, folders = _list_archive(self.root) if self.root.is_file() else _list_folder(self.root)
         images, left_out = pick_images(files, endings)
         if left_out:
-            log.warning("data.root: %s: %s", root, left_out)
+            log.info("data.root: %s: %s", root, left_out)
         if not images:
             readable = ", ".join(sorted(endings or image_endings()))
             raise UserError(

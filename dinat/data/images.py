@@ -24,11 +24,11 @@ class ImageError(ValueError):
 
 
 class Encoded(io.BytesIO):
-    """The bytes of an image, and what to call it where there is a name."""
+    """The bytes of an image, what to call it where it has a name, and what is wrong with it, if that is known."""
 
-    def __init__(self, data: bytes, name: str | None) -> None:
+    def __init__(self, data: bytes, name: str | None, problem: str | None = None) -> None:
         super().__init__(data)
-        self.name = name
+        self.name, self.problem = name, problem
 
 
 def open_image(

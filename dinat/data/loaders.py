@@ -108,8 +108,8 @@ class Stream(IterableDataset):
             if count % self.stride != self.offset:
                 continue
             try:
-                if target is None:
-                    raise ImageError("its label is no number")
+                if problem := getattr(encoded, "problem", None):
+                    raise ImageError(problem)
                 good = self.opener(encoded), int(target)
             except ImageError as error:
                 problems.append(f"{getattr(encoded, 'name', None) or f'image {count}'}: {error}")

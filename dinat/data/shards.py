@@ -12,24 +12,42 @@ from dinat.data.images import Encoded
 
 
 class Shards(ReaderWds):
-    """A reader of `(Encoded, class index)`, None for a label that is no number; those below 0 say that there is none.
+    """A reader of `(Encoded, class index)`; a shard that ends early is one more of them, with its problem.
 
-    It replaces the last stages of timm's pipeline, which timm builds in a private method.
+    It replaces stages of timm's pipeline, which timm builds in a private method. Labels below 0 stand for none.
     """
 
     def _lazy_init(self) -> None:
         import webdataset
 
         super()._lazy_init()
-        self.ds = webdataset.DataPipeline(*self.ds.pipeline[:-2], self.pick)  # without decoding and renaming
+        self.broken: list[Encoded] = []
+        stages = self.ds.pipeline[:-2]  # without decoding and renaming
+        stages[-2 if self.is_training else -1] = webdataset.tarfile_to_samples(handler=self.note)
+        self.ds = webdataset.DataPipeline(*stages, self.pick)
+
+    def note(self, error: Exception) -> bool:
+        """webdataset's handler. An error gets here with the shard's stream and address, some also before, without."""
+        if len(error.args) == 3:
+            reason, _, shard = error.args
+            self.broken.append(Encoded(b"", shard, f"the shard cannot be read to its end: {reason}"))
+        return True
 
     def pick(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         key = self.target_key or self.split_info.alt_label
         for sample in samples:
-            image = next((sample[ending] for ending in self.input_key.split(";") if ending in sample), b"")
+            yield from self.drain()
+            image = next((sample[ending] for ending in self.input_key.split(";") if ending in sample), None)
+            name, target = f"{sample['__url__']}: {sample['__key__']}", 0
+            problem = f"it has no file ending in one of {self.input_key}" if image is None else None
             try:
                 target = int(json.loads(sample["json"])[key] if key else sample["cls"])
             except (KeyError, TypeError, ValueError):
-                target = None
-            if target is None or target >= 0:
-                yield {"image": Encoded(image, f"{sample['__url__']}: {sample['__key__']}"), "target": target}
+                problem = "its label is no number"
+            if target >= 0:
+                yield {"image": Encoded(image or b"", name, problem), "target": target}
+        yield from self.drain()
+
+    def drain(self) -> Iterator[dict[str, Any]]:
+        while self.broken:
+            yield {"image": self.broken.pop(), "target": 0}

@@ -83,7 +83,9 @@ def train(cfg: DictConfig, run_dir: str | Path) -> float:
                 return Trainer(cfg, run_dir, world).fit()
         except UserError:
             with contextlib.suppress(OSError):
-                run_dir.rmdir()  # if nothing was written to it
+                if [path.name for path in run_dir.iterdir()] == ["train.log"]:  # lines before anything started
+                    (run_dir / "train.log").unlink()
+                run_dir.rmdir()  # if nothing else was written to it
             raise
 
 

@@ -112,10 +112,10 @@ class Classification(Task):
         with self.autocast():
             reason = refusal(model, torch.zeros(1, channels, height, width, device=self.world.device))
         if reason:
-            size, beside = height if height == width else [height, width], f" with model.kwargs={arguments}"
+            size, beside = height if height == width else [height, width], f", here with model.kwargs={arguments}"
             raise UserError(
-                f"data.img_size={size}: {self.model['name']}{beside if arguments else ''} cannot take it: {reason}. "
-                f"It was made for {model.pretrained_cfg['input_size'][-1]} pixels."
+                f"data.img_size={size}: {self.model['name']} cannot take it: {reason}. "
+                f"It was made for {model.pretrained_cfg['input_size'][-1]} pixels{beside if arguments else ''}."
             )
         return model
 

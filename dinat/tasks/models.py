@@ -80,8 +80,8 @@ def refusal(model: nn.Module, images: Tensor) -> str | None:
         with torch.no_grad():
             model.forward(images)  # not called: hooks are for images of the data
     except Exception as error:  # models raise what they please
-        line = traceback.extract_tb(error.__traceback__)[-1].line  # tells more than an assertion without words
-        return " ".join(str(error).split()) or line or type(error).__name__
+        lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+        return " ".join(str(error).split()).rstrip(".") or lines[-1]  # of an assertion without words, its condition
     finally:
         model.train(training)
     return None

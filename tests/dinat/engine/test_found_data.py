@@ -1,5 +1,7 @@
 """Folders, archives, shards and images as they are found: used rightly, or named."""
 
+import io
+import shutil
 import tarfile
 
 import numpy as np
@@ -122,7 +124,8 @@ def test_whatever_pillow_opens_is_an_image_and_the_rest_is_told(put, opened, tmp
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(path)
     put("train/cat/a.txt", "train/cat/b.txt", "train/cat/README", content=b"words")
-    assert set(opened()) == {f"cat/x.{ending}" for ending in endings}
+    with caplog.at_level("INFO", "dinat"):
+        assert set(opened()) == {f"cat/x.{ending}" for ending in endings}
     told = "3 files are left out as no image: 2 .txt, 1 without ending"
     assert told in caplog.text
     network = stand_in_model()
@@ -274,15 +277,35 @@ def test_damaged_images_are_named_and_counted_by_every_reader(damaged, compose, 
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "hf_stream"])
-def test_the_policy_holds_for_streams(damaged, tiny, trained_stand_in, kind):
-    skipped = trained_stand_in(*damaged[kind])
+def test_the_policy_holds_for_streams(damaged, tiny, evaluate_stand_in, kind):
+    skipped = evaluate_stand_in(*damaged[kind])
     assert (skipped["count"], skipped["skipped"]) == (35, 2)
     with pytest.raises(UserError, match=r"unreadable image .*: cannot identify image file\. Repair it, or set"):
-        trained_stand_in(*damaged[kind], "data.on_bad_image=fail")
+        evaluate_stand_in(*damaged[kind], "data.on_bad_image=fail")
+
+
+@pytest.mark.parametrize("cut", [4700, 7000])  # in a header, in an image
+def test_a_shard_cut_short_is_named_and_a_label_must_be_a_number(evaluate_stand_in, tmp_path, cut):
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "x-0.tar")) as writer:
+        for index in range(4):
+            picture = io.BytesIO()
+            GREY.resize((8, 8)).save(picture, "PNG")
+            writer.write({"__key__": f"{index}", "png": picture.getvalue(), "cls": b"cat" if index == 3 else b"1"})
+    whole = (tmp_path / "x-0.tar").read_bytes()
+    (tmp_path / "x-1.tar").write_bytes(whole[:cut])
+    shards = ("data=webdataset", f"data.root={tmp_path}", "data.num_classes=10", "data.val_split='x-{0..1}.tar|8'")
+    result = evaluate_stand_in(*shards)
+    assert result["count"] == 4
+    assert result["skipped"] >= 2
+    with pytest.raises(UserError, match=r"x-0\.tar: 3: its label is no number"):
+        evaluate_stand_in(*shards, "data.on_bad_image=fail")
+    with pytest.raises(UserError, match=r"x-1\.tar: the shard cannot be read to its end"):
+        evaluate_stand_in(*shards, "data.val_split='x-{1..1}.tar|4'", "data.on_bad_image=fail")
 
 
 @pytest.fixture
-def trained_stand_in(evaluation, tmp_path):
+def evaluate_stand_in(evaluation, tmp_path):
     """Evaluates the stand-in on a data set."""
     torch.save(stand_in_model().state_dict(), tmp_path / "weights.pth")
 
@@ -360,9 +383,13 @@ def test_predict_gives_what_can_be_read(put, tmp_path, dinat, monkeypatch):
         assert "error: 2 of 4 images cannot be read and have no rows." in err
 
 
-def test_a_model_that_cannot_take_the_images_is_named(tiny, tmp_path):
-    cfg = tiny("model.name=halonet26t", "model.kwargs=null", "data.img_size=64")
-    with pytest.raises(UserError, match=r"data\.img_size=64: halonet26t cannot take it: .*It was made for 256 pixels"):
+def test_a_model_that_cannot_take_the_images_is_named(tiny, digits_folder, tmp_path):
+    shutil.copytree(digits_folder, tmp_path / "data")
+    (tmp_path / "data" / "train" / "3" / "notes.txt").write_text("a line in the log")
+    cfg = tiny("model.name=halonet26t", "model.kwargs=null", "data.img_size=64", f"data.root={tmp_path}/data")
+    with pytest.raises(
+        UserError, match=r"data\.img_size=64: halonet26t cannot take it: .*block_size.* It was made for 256 pixels"
+    ):
         train(cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
