@@ -62,7 +62,7 @@ class ClassFolders(Reader):
             )
         if stray := sorted(path for path in images if "/" not in path):
             raise UserError(
-                f"data.root: {len(stray)} images lie beside the class folders of {root} and have no class: "
+                f"data.root: images beside the class folders of {root} have no class ({len(stray)} of {len(images)}): "
                 f"{_some(stray)}. Move them into a class folder, or away."
             )
         used = {path.partition("/")[0] for path in images}

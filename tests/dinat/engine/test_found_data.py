@@ -113,7 +113,7 @@ def test_hidden_names_are_no_data_and_stray_images_are_refused(put, opened, tmp_
     assert opened() == {"cat/1.png": "cat"}
     if not packed:
         put("train/stray.png")
-        with pytest.raises(UserError, match=r"1 images lie beside the class folders .* no class: stray\.png\. Move"):
+        with pytest.raises(UserError, match=r"beside the class folders .* have no class \(1 of 2\): stray\.png\. Move"):
             opened()
 
 
