@@ -90,11 +90,20 @@ def test_convert_to_huggingface(dinat, tmp_path):
     assert dinat(*command)[0] == 0
     config = AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.model_type, config.embed_dim, config.depths) == ("dinat", 64, [3, 4, 6, 5])
-    assert (config.dilations, config.kernel_size, config.num_labels) == (model.dilations, 7, 3)
+    assert (config.kernel_size, config.num_labels) == (7, 3)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dilations"] == model.dilations  # no default
     assert (config.layer_norm_eps, config.layer_scale_init_value, config.mlp_ratio) == (1e-5, 0.0, 3.0)
     state = load_file(tmp_path / "out" / "model.safetensors")
     assert state.keys() == to_huggingface(model.state_dict(), "dinat.").keys()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in to_native(state).items())
+
+
+def test_layer_scale_tells_architectures_apart(monkeypatch):
+    names = ["nat_small", "dinat_small"]
+    monkeypatch.setattr(weights, "ours", lambda: names)  # all take a second
+    for name in names:
+        shape = Shape.of(timm.create_model(name, device="meta").state_dict())
+        assert weights.architecture_of(shape, Path("file")) == name
 
 
 def test_a_backbone_for_huggingface(tmp_path):
