@@ -54,7 +54,9 @@ def predict(
     errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     unreadable = 0
     steps = range(0, len(files), batch_size)
-    for start in track(steps, "images", console=errors, transient=True, disable=not errors.is_terminal):
+    if errors.is_terminal:  # a disabled bar ends with an empty line before rich 15
+        steps = track(steps, "images", console=errors, transient=True)
+    for start in steps:
         batch: list[tuple[Path, torch.Tensor]] = []
         for file in files[start : start + batch_size]:
             try:

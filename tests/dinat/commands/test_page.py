@@ -6,17 +6,20 @@
 import os
 import re
 import shlex
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from PIL import Image
 
 from dinat.commands import weights
 from dinat.commands.weights import known_image_logits
 
+PAGE_S_TYPER = Version(version("typer")) >= Version("0.29")  # whose words for usage the page has
 PAGE = Path(__file__).parents[3] / "docs" / "command_line.md"
 BLOCKS = re.findall(r"```console\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
@@ -56,6 +59,7 @@ def general(output: str, workplace: Path) -> str:
     """Without what differs from one machine or version to the next."""
     output = output.replace(str(workplace / "hub"), "~/.cache/huggingface/hub")
     output = output.replace(str(workplace / "torch"), "~/.cache/torch/hub")
+    output = re.sub(r"\(MaxRetryError.*(\[Errno \d+\] Connection refused).*", r"\1", output)  # of huggingface_hub 0.x
     output = re.sub(r"\b(?!0{64})[0-9a-f]{40,64}\b", "…", output)
     output = re.sub(r"within \S+ of", "within … of", output)
     output = re.sub(r"\S+ MB, largest difference \S+", "… MB, largest difference …", output)
@@ -71,7 +75,8 @@ def run(dinat, workplace):
 
 def test_page(dinat, workplace):
     for command, expected, status, printed in run(dinat, workplace):
-        assert printed == expected, command
+        if PAGE_S_TYPER or not expected.lstrip().startswith("Usage: "):
+            assert printed == expected, command
         assert status == (2 if re.search("^(error|Error): ", expected, re.MULTILINE) else 0), command
 
 
