@@ -16,7 +16,8 @@ import torch
 
 def derive(*facts: int) -> int:
     """A 32-bit seed from non-negative integers; different tuples give unrelated seeds."""
-    return int(np.random.SeedSequence(facts).generate_state(1)[0])
+    # their number is one of them: SeedSequence takes (7,) and (7, 0) for the same
+    return int(np.random.SeedSequence([len(facts), *facts]).generate_state(1)[0])
 
 
 def reseed(*facts: int) -> None:

@@ -59,9 +59,9 @@ def stopped(cfg, run):
 
 
 def facts(cfg, run):
-    """What np.random.SeedSequence was given in a run."""
+    """What seeds were derived from in a run."""
     found, sequence = [], np.random.SeedSequence
-    np.random.SeedSequence = lambda facts: (found.append(list(facts)), sequence(facts))[1]
+    np.random.SeedSequence = lambda facts: (found.append(facts[1:]), sequence(facts))[1]  # the first is their number
     train(cfg, run)
     np.random.SeedSequence = sequence
     return found
