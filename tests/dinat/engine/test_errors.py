@@ -60,6 +60,13 @@ def test_wrong_setting(refused, override, message):
     refused(message, override)
 
 
+def test_unknown_task(tiny, tmp_path):
+    cfg = tiny()
+    cfg.task = "clasification"
+    with pytest.raises(UserError, match=r"task=clasification: no such task.*classification"):
+        train(cfg, tmp_path / "run")
+
+
 def test_missing_accelerator(refused):
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -188,7 +195,8 @@ def test_weights_that_became_nan_are_not_saved(tiny, tmp_path, monkeypatch):
     assert read_checkpoint(tmp_path / "last.pt")["step"] == 7
 
 
-def test_label_beyond_the_head(tiny, digits_folder, tmp_path):
+@pytest.mark.parametrize("section", ["data", "model"])
+def test_label_beyond_the_head(tiny, digits_folder, tmp_path, section):
     pytest.importorskip("webdataset")
     import webdataset
 
@@ -198,7 +206,8 @@ def test_label_beyond_the_head(tiny, digits_folder, tmp_path):
             label = path.parent.name.encode()
             writer.write({"__key__": f"{index:04d}", "png": path.read_bytes(), "cls": label})
     cfg = tiny(
-        "data=webdataset", f"data.root={tmp_path}/wds", "data.num_classes=4", "data.train_split='s-{0..0}.tar|120'",
+        "data=webdataset", f"data.root={tmp_path}/wds", "data.num_classes=null",
+        f"{section}.num_classes=4", "data.train_split='s-{0..0}.tar|120'",
         "data.val_split='s-{0..0}.tar|120'",
     )  # fmt: skip
     with pytest.raises(UserError, match=r"the data has a label \d, the model 4 classes\. Set data\.num_classes"):
@@ -228,13 +237,6 @@ def test_evaluation_on_other_classes(evaluation):
 
 
 # ---- the command line ----
-
-
-def test_misspelt_key(python, command_line):
-    done = python("train.py", *command_line, "optimizer.lrr=1")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: optimizer.lrr: no such configuration key. Did you mean optimizer.lr")
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import timm
 import torch
 
 from dinat.engine.optim import create_optimizer, create_schedule
+from dinat.errors import UserError
 
 
 def groups(model, optimizer):
@@ -87,3 +88,60 @@ def test_schedules(compose, options, expected):
 def test_cooldown_comes_on_top(compose, cooldown, expected):
     cfg = compose("scheduler.epochs=3", f"scheduler.cooldown_epochs={cooldown}")
     assert create_schedule(cfg.scheduler, torch.optim.SGD([torch.zeros(1)], lr=1.0), 10)[1] == expected
+
+
+def test_named_parts_are_spared_in_place_of_all_rules(compose, model):
+    cfg = compose("optimizer.weight_decay=0.3", "optimizer.no_decay=[norm,rpb]")
+    for name, (decay, scale) in groups(model, create_optimizer(cfg.optimizer, model)).items():
+        assert decay == (0.0 if "norm" in name or "rpb" in name else 0.3), name  # biases are decayed, then
+        assert scale == 1.0
+
+
+def test_factors_of_named_parts(compose, model):
+    """They multiply where a name has both parts, and with layer decay; weight decay stays by its own rules."""
+    scales = "+optimizer.lr_scale={levels: 0.1, rpb: 0.5}"
+    plain = compose("optimizer.layer_decay=0.5")
+    both = compose("optimizer.layer_decay=0.5", scales)
+    before = groups(model, create_optimizer(plain.optimizer, model))
+    for name, (decay, scale) in groups(model, create_optimizer(both.optimizer, model)).items():
+        factor = (0.1 if "levels" in name else 1.0) * (0.5 if "rpb" in name else 1.0)
+        assert scale == pytest.approx(before[name][1] * factor), name
+        assert decay == before[name][0]
+
+
+@pytest.mark.parametrize("option", ["optimizer.no_decay=[nrom]", "+optimizer.lr_scale={nrom: 0.1}"])
+def test_a_part_that_no_name_has(compose, model, option):
+    key = option.strip("+").partition("=")[0]
+    with pytest.raises(UserError, match=rf"{key}: no parameter of \w+ has nrom in its name"):
+        create_optimizer(compose(option).optimizer, model)
+
+
+def rates(cfg, updates_per_epoch):
+    """Learning rates of all updates, for a rate of 1, and the number of epochs."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule, epochs = create_schedule(cfg.scheduler, optimizer, updates_per_epoch)
+    found = []
+    for update in range(round(epochs * updates_per_epoch)):
+        schedule.step_update(update)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found, epochs
+
+
+def test_length_in_updates(compose):
+    """Seven and a half epochs; the warm-up, in epochs or in updates, is part of it."""
+    options = ("scheduler=linear", "scheduler.updates=15", "scheduler.warmup_lr=0")
+    for warmup in ("scheduler.warmup_epochs=2", "scheduler.warmup_updates=4"):
+        found, epochs = rates(compose(*options, warmup), 2)
+        assert epochs == 7.5
+        assert found == pytest.approx(
+            [update / 4 for update in range(4)] + [1 - update / 15 for update in range(4, 15)]
+        )
+
+
+def test_milestones_in_epochs_and_in_updates(compose):
+    """By timm's convention, the update before a milestone has the lower rate already."""
+    options = ("scheduler=multistep", "scheduler.warmup_epochs=0", "scheduler.decay_rate=0.5")
+    found, _ = rates(compose(*options, "scheduler.epochs=4", "scheduler.decay_milestones=[1,3]"), 2)
+    assert found == [1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+    found, _ = rates(compose(*options, "scheduler.updates=8", "scheduler.decay_milestones=[2,4]"), 2)
+    assert found == [1, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25]

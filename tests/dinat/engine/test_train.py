@@ -55,13 +55,6 @@ def test_checkpoint_is_readable_by_timm(trained):
     assert equal(state, read_checkpoint(run / "last.pt")["state_dict"])
 
 
-def test_same_seed_same_weights(tiny, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train(tiny(f"seed={seed}", "scheduler.epochs=1", "scheduler.warmup_epochs=0"), tmp_path / name)
-    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
-
-
 def test_training_learns(compose, tmp_path):
     """A few updates on the real task; the full default job is measured outside of the test suite."""
     kwargs = "{img_size: 16, embed_dim: 16, depths: [1, 1, 1], num_heads: [1, 2, 2]}"
@@ -73,15 +66,6 @@ def test_training_learns(compose, tmp_path):
         tmp_path,
     )  # fmt: skip
     assert top1 > 50
-
-
-def test_gradient_accumulation_equals_one_batch(tiny, tmp_path):
-    for name, parts in (("whole", 1), ("parts", 3)):
-        options = ("model.drop_path_rate=0", "scheduler.epochs=1", "scheduler.warmup_epochs=0")
-        train(tiny(f"runtime.grad_accum={parts}", *options), tmp_path / name)
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    for name in whole:
-        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -102,18 +86,13 @@ def test_options(tiny, tmp_path, options):
     assert (tmp_path / "tensorboard").exists() == ("logger=tensorboard" in options)
 
 
-def test_compiled_model_keeps_its_names(tiny, tmp_path, monkeypatch):
-    """The default backend takes minutes of C++ compilation on a CPU, so this leaves it out."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
-    options = ("scheduler.epochs=1", "scheduler.warmup_epochs=0", "batch_size=60")
-    train(tiny("runtime.compile=true", *options), tmp_path / "compiled")
-    monkeypatch.undo()
-    train(tiny(*options), tmp_path / "plain")
-    compiled, plain = weights(tmp_path / "compiled"), weights(tmp_path / "plain")
-    assert compiled.keys() == plain.keys()
-    for name in plain:
-        torch.testing.assert_close(compiled[name], plain[name])
+def test_compiled_model_keeps_its_names(observe, monkeypatch):
+    """It is compiled in place, once; what a compiler makes of it is not for here, and takes minutes."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    names = [observe(f"runtime.compile={asked}").last["state_dict"].keys() for asked in ("true", "false")]
+    assert compiled == ["StandIn"]
+    assert names[0] == names[1]
 
 
 def test_fine_tuning_takes_all_but_the_head(trained, compose, tmp_path):

@@ -1,10 +1,12 @@
 """One update of the weights, compared with what can be worked out by hand from the pixels and the weights before it."""
 
 import math
+import multiprocessing
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 
 DINAT = (
@@ -176,6 +178,27 @@ def test_batch_sizes(observe):
     observed = observe("batch_size=40", "eval_batch_size=30")
     sizes = [(training, len(images)) for training, images, _ in observed.forward]
     assert sizes == [(True, 40)] * 3 + [(False, 30), (False, 7)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_processes(observe, workers):
+    counts = []
+    handle = register_optimizer_step_post_hook(lambda *_: counts.append(len(multiprocessing.active_children())))
+    observe(f"runtime.workers={workers}")
+    handle.remove()
+    assert counts == [workers]
+
+
+def test_model_by_name_and_arguments(observe):
+    """The stand-in has 64 numbers per channel and class, and a bias; another name is another model."""
+    observed = observe("model.kwargs={script: null}", "batch_size=100")
+    assert sum(tensor.numel() for tensor in observed.before[0].values()) == 3 * 64 * 10 + 10
+    widths = []
+    for width in (8, 16):
+        kwargs = f"model.kwargs={{img_size: 8, embed_dim: {width}, depths: [1, 1], num_heads: [1, 1]}}"
+        observed = observe("model.name=dinat_pico", kwargs, "batch_size=100")
+        widths.append(observed.before[0]["head.fc.weight"].shape)
+    assert widths == [(10, 16), (10, 32)]
 
 
 def test_seed(observe):
