@@ -86,13 +86,16 @@ def test_what_timm_is_told(monkeypatch):
         **SECTION, "root": "/d", "train_samples": 120, "val_samples": 37, "input_key": "img", "target_key": "fine",
         "class_map": {"a": 0},
     }  # fmt: skip
-    keys = {"root": "/d", "input_key": "img", "target_key": "fine", "class_map": {"a": 0}, "download": False}
-    open_split({**section, "name": "hfids/x"}, "train", seed=5, batch_size=8)
+    options = {"input_key": "img", "target_key": "fine", "class_map": {"a": 0}, "download": False}
+    keys = {"root": "/d", **options}
+    open_split({**section, "name": "tfds/x"}, "train", seed=5, batch_size=8)
     stream = {"is_training": True, "num_samples": 120, "seed": 5, "batch_size": 8, "split": "train"}
-    assert told.pop() == ("hfids/x", {**keys, **stream})
-    open_split({**section, "name": "hfids/x"}, "validation", batch_size=8)
+    assert told.pop() == ("tfds/x", {**keys, **stream})
+    hugging_face = pytest.importorskip("dinat.data.hugging_face")
+    monkeypatch.setattr(hugging_face, "HuggingFaceStream", lambda name, root, **options: (name, root, options))
     stream |= {"is_training": False, "num_samples": 37, "seed": 0, "split": "validation"}
-    assert told.pop() == ("hfids/x", {**keys, **stream})
+    reader = open_split({**section, "name": "hfids/x"}, "validation", batch_size=8).reader
+    assert reader == ("x", "/d", {**options, **stream, "input_img_mode": ""})
     open_split({**section, "name": "hfds/x"}, "validation")
     assert told.pop() == ("hfds/x", {**keys, "split": "validation"})
     for download in (False, True):
