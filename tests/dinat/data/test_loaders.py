@@ -130,6 +130,14 @@ def test_a_stream_draws_anew_in_every_epoch(shards):
     assert order[0] != order[1]
 
 
+def test_a_stream_is_told_its_epoch(shards, monkeypatch):
+    source, told = stream(shards).loader.dataset.source, []
+    monkeypatch.setattr(type(source), "set_epoch", lambda _, epoch: told.append(epoch))
+    for epoch in (3, 1):
+        next(stream(shards).batches(epoch))
+    assert told == [3, 1]
+
+
 def test_readers_of_a_stream_draw_different_numbers(shards):
     """Two loader processes, and two training processes of the same seed."""
     rows = [tuple(row) for row in drawn(stream(shards, workers=2).batches(0)).values()]

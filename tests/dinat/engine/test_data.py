@@ -5,8 +5,11 @@ import os
 import sys
 import tarfile
 
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from dinat.data import IGNORE, TrainLoader, class_to_idx, eval_loader, open_split, train_transform
 from dinat.data.digits import Digits
@@ -19,7 +22,7 @@ SIZE = (3, 16, 16)
 
 def pixels(image):
     """A 16x16 tensor without any randomness."""
-    return torch.from_numpy(__import__("numpy").array(image.resize((16, 16)))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1)
 
 
 def loader_of(source, **options):
@@ -36,6 +39,9 @@ def test_digits_split_is_stratified_and_fixed():
     train_set, val_set = Digits("train"), Digits("validation")
     assert (len(train_set), len(val_set)) == (1437, 360)
     assert torch.bincount(torch.from_numpy(val_set.targets)).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    digits = load_digits().target
+    _, held_out = train_test_split(digits, test_size=360, stratify=digits, random_state=0)
+    assert np.array_equal(val_set.targets, held_out)
     image, digit = val_set[0]
     assert (image.size, image.mode, digit) == ((8, 8), "RGB", int(val_set.targets[0]))
 

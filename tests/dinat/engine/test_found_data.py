@@ -143,7 +143,7 @@ def stand_in_model():
 def test_deeper_images_are_scaled_to_8_bits(tmp_path, scaled):
     values = np.asarray(GREY)
     deeper = {
-        "I;16": values.astype(np.uint16) * 257,
+        "I;16": values.astype(np.uint16) * 256 + 17,
         "I": values.astype(np.int32) * 256,
         "F": values.astype(np.float32) * 40 - 3000,  # its own range
         "F of 1": values.astype(np.float32) / 255,
@@ -336,6 +336,7 @@ def test_names_that_look_alike_are_told_apart(put, opened, tmp_path):
 def test_long_images_and_bombs_are_bad_images(put, opened, compose, tmp_path, monkeypatch):
     put("train/cat/good.png")
     Image.new("L", (1201, 12)).save(tmp_path / "train" / "cat" / "long.png")
+    Image.new("L", (12, 1201)).save(tmp_path / "train" / "cat" / "tall.png")
     Image.new("L", (1200, 12)).save(tmp_path / "train" / "cat" / "fits.png")
     Image.new("L", (200, 100)).save(tmp_path / "train" / "cat" / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9000)  # Pillow warns above, and refuses twice as many
@@ -349,6 +350,7 @@ def test_long_images_and_bombs_are_bad_images(put, opened, compose, tmp_path, mo
         ((_, targets, problems),) = eval_loader(source, small, SIZE, batch_size=8, **options)
     assert int((targets != IGNORE).sum()) == 2
     assert any("long.png: 1201 x 12 pixels; one side may be 100 times the other" in line for line in problems)
+    assert any("tall.png: 12 x 1201 pixels" in line for line in problems)
     assert any("bomb.png: Image size (20000 pixels) exceeds limit" in line for line in problems)
 
 

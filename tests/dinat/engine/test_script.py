@@ -114,13 +114,16 @@ def test_loss_scale_continues(observe):
 
 
 def test_momentum_continues(observe):
-    """The first step of a resumed run has the momentum of those before."""
-    options = ("batch_size=60", "optimizer.lr=0.1", "scheduler.min_lr=0.1")
-    first = observe(*options, run="run")
-    second = observe(*options, "resume=auto", "scheduler.epochs=2", run="run")
+    """The first step of a resumed run has the momentum of those before, and the learning rate that is asked for now."""
+
+    def options(lr):
+        return "batch_size=60", f"optimizer.lr={lr}", f"scheduler.min_lr={lr}"
+
+    first = observe(*options(0.1), run="run")
+    second = observe(*options(0.05), "resume=auto", "scheduler.epochs=2", run="run")
     gradients = [update["head.weight"] for update in first.gradients + second.gradients]
     momentum = sum(0.9 ** (2 - index) * gradient for index, gradient in enumerate(gradients[:3]))
-    torch.testing.assert_close(second.step()["head.weight"], 0.1 * momentum, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(second.step()["head.weight"], 0.05 * momentum, rtol=1e-4, atol=1e-6)
     assert torch.equal(second.before[0]["head.weight"], first.after[-1]["head.weight"])
 
 
