@@ -14,6 +14,7 @@ from dinat_kernels.geometry import Neighborhood, make_neighborhood
 from dinat_kernels.impl import fused
 from dinat_kernels.impl.fused import configs
 from safetensors.torch import load_file
+from torch.autograd import forward_ad
 
 NA = {1: na1d, 2: na2d, 3: na3d}
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -245,6 +246,13 @@ def test_what_is_not_covered_is_refused():
     x = torch.randn(1, 8, 1, 129)
     with pytest.raises(RuntimeError, match="no head_dim or value_dim above 128"):
         na1d(x, x, x, 3, backend="triton")
+
+
+def test_a_tangent_is_refused():
+    """Kernels would lose it in silence."""
+    x, direction = torch.randn(2, 1, 8, 1, 8)
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        na1d(forward_ad.make_dual(x, direction), x, x, 3, backend="triton")
 
 
 def test_an_empty_batch_launches_nothing():

@@ -213,6 +213,15 @@ def test_disable_restores_everything():
     assert module.NeighborhoodAttention.forward is patched[0]
 
 
+def test_nothing_but_natten_is_not_required():
+    required = []
+    check = integration._without_natten(lambda _, backends: required.append(backends))
+    check(None, ["natten", "timm"])
+    check(None, "natten")
+    check(None, "timm")
+    assert required == [["timm"], [], ["timm"]]
+
+
 def test_a_newer_natten_is_no_obstacle(monkeypatch):
     """One that lacks what transformers imports from it."""
     name = "transformers.models.dinat.modeling_dinat"
