@@ -20,6 +20,7 @@ from dinat.errors import UserError
 
 log = logging.getLogger("dinat")
 
+BLOCK = 512  # bytes; a whole archive has one of zeros behind its last file
 Span = tuple[int, int]  # where a file begins in an archive, and its length
 
 
@@ -42,7 +43,7 @@ class ClassFolders(Reader):
 
     Raises:
         UserError: for an image without a class, a class that is not in `class_map`, two that look alike, one without
-            images, or no images at all.
+            images, or no images at all; for an archive that was cut short or holds links.
     """
 
     def __init__(
@@ -147,9 +148,16 @@ def _list_archive(root: Path) -> tuple[dict[str, Span], set[str]]:
 
 def _walk_archive(stream: BinaryIO, prefix: PurePosixPath, start: int) -> Iterator[tuple[PurePosixPath, Span | None]]:
     """All files and, with None, folders of an archive that begins at `start`."""
+    end, path = 0, prefix
     with tarfile.open(fileobj=stream, mode="r:") as archive:
         for member in archive:
             path = prefix / member.name
+            end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isfile() else 0)
+            if member.islnk() or member.issym() or member.issparse():
+                raise UserError(
+                    f"data.root: {path} in an archive is a link or a sparse file, not the image itself. "
+                    "Write the archive anew with tar --dereference --hard-dereference."
+                )
             if member.isdir():
                 yield path, None
             elif member.isfile() and path.suffix.lower() == ".tar":
@@ -157,6 +165,9 @@ def _walk_archive(stream: BinaryIO, prefix: PurePosixPath, start: int) -> Iterat
                 yield from _walk_archive(inner, path.with_suffix(""), start + member.offset_data)
             elif member.isfile():
                 yield path, (start + member.offset_data, member.size)
+    stream.seek(end)
+    if stream.read(BLOCK) != bytes(BLOCK):  # tarfile takes an archive that was cut short for a whole one
+        raise UserError(f"data.root: an archive ends early, after {path}. Copy or write it anew.")
 
 
 def _some(names: Sequence[str], count: int = 8) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import DatasetFolder
 
 from dinat.data import imagenet
 from dinat.data.class_folders import ClassFolders
@@ -73,7 +74,10 @@ def _open(
         raise UserError(f"data.root={root}: no such directory of webdataset shards.")
     if name.startswith(ENCODED):
         return IterableImageDataset(root, reader=_open_encoded(name, root, options))
-    return create_dataset(name, root=root, **options)
+    dataset = create_dataset(name, root=root, **options)
+    if isinstance(dataset, DatasetFolder):
+        dataset.loader = str  # the path: its own loader makes 16-bit images white and shows what alpha hides
+    return dataset
 
 
 def _open_folder(data: Mapping[str, Any], split: str, class_map: dict[str, int] | None) -> ImageDataset:

@@ -103,6 +103,36 @@ def test_archives_in_archives_are_folders(put, opened, compose, tmp_path):
         assert file.read() == (tmp_path / name).read_bytes()
 
 
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_links_in_archives_are_refused(put, opened, tmp_path, kind):
+    """Left out, the only image of dog would take its class along."""
+    put("train/cat/1.png")
+    pack(tmp_path / "train")
+    link = tarfile.TarInfo("train/dog/1.png")
+    link.type, link.linkname = kind, "train/cat/1.png"
+    with tarfile.open(tmp_path / "train.tar", "a") as archive:
+        archive.addfile(link)
+    with pytest.raises(UserError, match=r"train/dog/1\.png in an archive is a link .* tar --dereference"):
+        opened()
+
+
+@pytest.mark.parametrize("kept", [0, 300])  # bytes after the fourth image; tarfile itself refuses half an image
+@pytest.mark.parametrize("inner", [False, True])
+def test_archives_that_end_early_are_refused(put, opened, tmp_path, kept, inner):
+    with tarfile.open(tmp_path / "cat.tar", "w") as archive:
+        for index in range(9):
+            member = tarfile.TarInfo(f"cat/{index}.png")
+            member.size = 512
+            archive.addfile(member, io.BytesIO(bytes(512)))
+    cut = (tmp_path / "cat.tar").read_bytes()[: 4 * 1024 + kept]
+    put("cat.tar" if inner else "train.tar", content=cut)
+    if inner:
+        with tarfile.open(tmp_path / "train.tar", "w") as archive:
+            archive.add(tmp_path / "cat.tar", arcname="cat.tar")
+    with pytest.raises(UserError, match=r"ends early, after .*cat/3\.png"):
+        opened()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_hidden_names_are_no_data_and_stray_images_are_refused(put, opened, tmp_path, packed):
     put("train/cat/1.png", "train/cat/._1.png", "train/.ipynb_checkpoints/x.png", "train/__MACOSX/cat/1.png")
@@ -155,6 +185,17 @@ def test_deeper_images_are_scaled_to_8_bits(tmp_path, scaled):
     assert Image.open(path).mode == scaled.split()[0]
     assert np.array_equal(open_image(path, channels=1), values)
     assert np.asarray(open_image(path)).mean() == 127.5
+
+
+def test_torchvisions_folders_are_opened_alike(compose, tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / split / "a").mkdir(parents=True)
+    Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257).save(tmp_path / "train" / "a" / "1.png")
+    Image.new("RGBA", (256, 4)).save(tmp_path / "train" / "a" / "2.png")  # black under alpha 0
+    source = open_split(compose("data=folder", "data.name=torch/image_folder", f"data.root={tmp_path}").data, "train")
+    options = {"rank": 0, "ranks": 1, "workers": 0, "pin_memory": False}
+    ((images, *_),) = eval_loader(source, pixels, (3, 4, 256), batch_size=2, **options)
+    assert [image.float().mean() for image in images] == [127.5, 255]
 
 
 def test_a_float_that_is_not_finite_is_refused(tmp_path):
