@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from dinat.engine import Interrupted, evaluate, train, training
 jobs, output = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
 rank = int(os.environ["RANK"])
 trainers = []
-dist.init_process_group("gloo")  # once: the jobs share it
+dist.init_process_group("gloo", timeout=timedelta(seconds=100))  # once: the jobs share it
 
 
 class Observed(training.Trainer):

@@ -130,12 +130,10 @@ def rates(cfg, updates_per_epoch):
 def test_length_in_updates(compose):
     """Seven and a half epochs; the warm-up, in epochs or in updates, is part of it."""
     options = ("scheduler=linear", "scheduler.updates=15", "scheduler.warmup_lr=0")
-    for warmup in ("scheduler.warmup_epochs=2", "scheduler.warmup_updates=4"):
+    for warmup, warm in (("scheduler.warmup_epochs=2", 4), ("scheduler.warmup_updates=3", 3)):
         found, epochs = rates(compose(*options, warmup), 2)
         assert epochs == 7.5
-        assert found == pytest.approx(
-            [update / 4 for update in range(4)] + [1 - update / 15 for update in range(4, 15)]
-        )
+        assert found == pytest.approx([u / warm for u in range(warm)] + [1 - u / 15 for u in range(warm, 15)])
 
 
 def test_milestones_in_epochs_and_in_updates(compose):
