@@ -173,6 +173,16 @@ def test_additional_tokens_of_functions_with_weights(rank):
     torch.testing.assert_close(av(attn, v, spatial, additional_values=more_v), dense)
 
 
+def test_one_causal_axis_of_functions_with_weights():
+    """In a window of all tokens, keys in later rows are hidden, those in later columns are not."""
+    q, k, v = (torch.randn(1, 2, 3, 5, 8) for _ in range(3))
+    row = torch.arange(15) // 5
+    flat = (x.flatten(2, 3) for x in (q, k, v))
+    dense = nn.functional.scaled_dot_product_attention(*flat, attn_mask=row[:, None] >= row).unflatten(2, (3, 5))
+    attn = functional.na2d_qk(q * 8**-0.5, k, (3, 5), is_causal=(True, False)).softmax(-1)
+    torch.testing.assert_close(functional.na2d_av(attn, v, (3, 5), is_causal=(True, False)), dense)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("lengths", [(6, 6), (5, 8), (8, 5)])
 @pytest.mark.parametrize("kv_heads", [4, 2])
