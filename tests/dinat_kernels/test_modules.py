@@ -129,6 +129,15 @@ def test_idle_dropout_is_there_and_not_called():
     layer(x)
 
 
+def test_dropout_of_the_output():
+    """About half of the numbers are zero, the others are twice those without dropout."""
+    layer, x = NeighborhoodAttention2d(16, 2, 3, proj_drop=0.5), torch.randn(1, 20, 20, 16)
+    dropped, whole = layer.train()(x), layer.eval()(x)
+    kept = dropped != 0
+    assert 0.45 < kept.float().mean() < 0.55
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept])
+
+
 @pytest.mark.parametrize("rank", LAYERS)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_script_trace_and_compile(rank):
