@@ -23,7 +23,8 @@ def export(model: nn.Module, images: Tensor, path: str | Path, *, dynamic_batch:
     """Write `model` to `path`, and run what was written.
 
     Args:
-        model: a model of this package, or its `features_only` form; it runs in evaluation mode.
+        model: a model of this package, its `features_only` form, or a UPerNet of `dinat.dense`; it runs in evaluation
+            mode. The detectors there do not export: how many proposals they have depends on the image.
         images: an example (batch, channels, height, width) in the dtype and on the device of the model.
         path: ends in ".onnx" (for ONNX Runtime and others) or ".pt2" (compiled by AOTInductor for this kind of machine,
             which takes a C++ compiler here; `torch._inductor.aoti_load_package` loads it).

@@ -4,7 +4,7 @@ The models call this package, so it knows models only as modules with a state di
 """
 
 from dinat.checkpoints.fetching import download, pretrained_overlay, sources
-from dinat.checkpoints.fitting import check_fit, fit, resize_rpb
+from dinat.checkpoints.fitting import check_fit, fit, fit_dense, resize_rpb
 from dinat.checkpoints.layouts import Shape, to_huggingface, to_native
 from dinat.checkpoints.reading import read_checkpoint
 
@@ -13,6 +13,7 @@ __all__ = [
     "check_fit",
     "download",
     "fit",
+    "fit_dense",
     "pretrained_overlay",
     "read_checkpoint",
     "resize_rpb",

@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinat.checkpoints.layouts import to_native
+from dinat.checkpoints.layouts import STEM, Row, rename_heads, to_native
+from dinat.checkpoints.reading import unwrap
 from dinat.errors import CheckpointError
 
 
@@ -41,6 +42,26 @@ def fit(checkpoint: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
             adapted.add(stem)
     check_fit(own, state, f"the checkpoint is of another architecture than this {type(model).__name__}", adapted)
     return state
+
+
+def fit_dense(checkpoint: Mapping[str, Tensor], model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """A state dict for a model of `dinat.dense` from a published one, of which every key is used.
+
+    Args:
+        checkpoint: its backbone, one of the NAT family, is below "backbone.".
+        rows: names of the other parts, from `layouts.mm` or `layouts.detectron2`.
+
+    Raises:
+        CheckpointError: the checkpoint is of another architecture.
+    """
+    state, own = unwrap(checkpoint), model.state_dict()
+    backbone = {key: value for key, value in state.items() if key.startswith("backbone.")}
+    out = rename_heads({key: value for key, value in state.items() if key not in backbone}, rows)
+    if backbone:
+        prefix = next((key[: match.start()] for key in own if (match := STEM.search(key))), "")
+        out |= {prefix + key: value for key, value in to_native(backbone).items()}
+    check_fit(own, out, f"the checkpoint is of another architecture than this {type(model).__name__}")
+    return out
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str, ignore: Collection[str] = ()) -> None:

@@ -1,0 +1,87 @@
+"""Models for dense prediction: detection, instance, semantic and panoptic segmentation on any timm backbone.
+
+    model = dinat.dense.create_model("mask_rcnn_dinat_tiny", num_classes=10)
+    model = dinat.dense.create_model("upernet", backbone="swin_tiny_patch4_window7_224", pretrained_backbone=True)
+
+A method's file, and the libraries it needs, are imported when a model of it is made.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import inspect
+from typing import Any
+
+import timm
+
+import dinat
+from dinat.errors import UserError, nearest
+
+METHODS = {  # class and file of each
+    "mask_rcnn": ("MaskRCNN", "rcnn"),
+    "cascade_mask_rcnn": ("CascadeMaskRCNN", "rcnn"),
+    "upernet": ("UPerNet", "upernet"),
+    "mask2former": ("Mask2Former", "mask2former"),
+    "oneformer": ("OneFormer", "mask2former"),
+}
+
+__all__ = ["METHODS", "create_model", "list_models"]
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names METHOD_BACKBONE with the backbones of this package, those that match `pattern`; others of timm work too."""
+    families = (dinat.models.nat, dinat.models.dinat_s)
+    backbones = [name for family in families for name in timm.list_models(module=family.__name__.rsplit(".")[-1])]
+    return fnmatch.filter(sorted(f"{method}_{name}" for method in METHODS for name in backbones), pattern)
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    backbone: str | None = None,
+    **kwargs: Any,
+):
+    """A `dinat.dense.model.DenseModel`.
+
+    Args:
+        name: a method of `METHODS`, or METHOD_BACKBONE.
+        pretrained: published weights of the whole model; `pretrained_backbone=True` is for those of the backbone.
+        num_classes: without background; None for those of the published model.
+        backbone: any timm model with `features_only`; not beside a name that has one.
+        kwargs: of the method's class: `backbone_kwargs` (a dict for timm), `pretrained_backbone`, the head's arguments.
+
+    Raises:
+        UserError: an unknown name, an argument that the method does not take, a missing package, `pretrained` where
+            nothing is published.
+    """
+    method = max((m for m in METHODS if name == m or name.startswith(f"{m}_")), key=len, default=None)
+    if method is None:
+        raise UserError(
+            f"{name}: no such model.{nearest(name, [*METHODS, *list_models()])} Methods: {', '.join(METHODS)}."
+        )
+    if in_name := name[len(method) + 1 :]:
+        if backbone is not None:
+            raise UserError(f"backbone={backbone}: the name {name} has a backbone already; use {method} as the name.")
+        backbone = in_name
+    if pretrained:
+        raise UserError(
+            f"pretrained=True: no weights of {name} are known; pretrained_backbone=True takes those of its backbone."
+        )
+    cls = _import(method)
+    takes = list(inspect.signature(cls).parameters)
+    for argument in kwargs.keys() - set(takes):
+        raise UserError(f"{argument}={kwargs[argument]}: {method} takes no such argument.{nearest(argument, takes)}")
+    given = {"num_classes": num_classes, "backbone": backbone}
+    return cls(**{key: value for key, value in given.items() if value is not None}, **kwargs)
+
+
+def _import(method: str) -> type:
+    name, file = METHODS[method]
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{file}"), name)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("dinat"):
+            raise
+        raise UserError(f'{method} needs {error.name}, not installed here: pip install "dinat[dense]".') from error

@@ -1,0 +1,131 @@
+"""What all dense models are: images of different sizes in, losses or predictions in each image's own size out."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinat.errors import UserError
+
+Target = dict[str, Any]
+
+
+class DenseModel(nn.Module):
+    """A backbone with a neck and a head.
+
+    In training mode, `model(images, targets)` gives the losses, named, to be summed. In evaluation mode,
+    `model.predict(images)` gives one dict per image, and `model(batch)` the network's own outputs (for export).
+
+    Images are a list of float (3, height, width), normalised with `preprocessing`, of any sizes; they are padded on the
+    right and at the bottom with zeros. Targets are dicts per image as the data sets give them: labels 0..num_classes-1,
+    255 in maps is ignored.
+
+    Attributes:
+        method: the name of the method, as in `dinat.dense.create_model`.
+        tasks: which of "detection", "semantic" and "panoptic" it can be trained for; `task`: the one it is for.
+        num_classes: without background.
+        preprocessing: "mean" and "std" of the images, for pixels of 0 to 1.
+        size_divisor: sides of a batch are multiples of it, in pixels.
+    """
+
+    method: ClassVar[str]
+    tasks: ClassVar[tuple[str, ...]]
+
+    def __init__(self, num_classes: int, task: str | None, pretrained_cfg: dict, size_divisor: int = 32) -> None:
+        super().__init__()
+        task = self.tasks[0] if task is None else task
+        if task not in self.tasks:
+            raise UserError(f"task={task}: {self.method} is for {', '.join(self.tasks)}.")
+        if num_classes < 1:
+            raise UserError(f"num_classes={num_classes}: must be at least 1; background is not one of them.")
+        self.num_classes = num_classes
+        self.task = task
+        self.size_divisor = size_divisor
+        self.preprocessing = {key: tuple(pretrained_cfg[key]) for key in ("mean", "std")}
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The module that holds all parameters of the backbone."""
+        raise NotImplementedError
+
+    def losses(self, batch: Tensor, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Losses of the padded `batch` of `images`."""
+        raise NotImplementedError
+
+    def outputs(self, batch: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """What the network says of images of one size, (batch, 3, height, width)."""
+        raise NotImplementedError
+
+    def predictions(self, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple], **kwargs: Any) -> list[dict]:
+        """Predictions of a padded batch: (height, width) of each image in it, `frames`, and of each result, `sizes`."""
+        raise NotImplementedError
+
+    def forward(self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None) -> Any:
+        if not self.training:
+            return self.outputs(images if isinstance(images, Tensor) else self.pad(images))
+        if targets is None or len(targets) != len(images):
+            found = "no" if targets is None else len(targets)
+            raise ValueError(f"targets: {len(images)} images in training mode need one each, got {found} targets")
+        return self.losses(self.pad(images), images, targets)
+
+    @torch.no_grad()
+    def predict(
+        self, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> list[dict]:
+        """Predictions for images of any sizes; the company that an image is in makes no difference.
+
+        Args:
+            images: float (3, height, width), normalised.
+            sizes: (height, width) of the results, one per image: that of the original images. By default that of
+                `images`.
+            kwargs: of the method; those with several tasks take `task`.
+
+        Returns:
+            One dict per image. Detection: `boxes` float (N, 4) as x1, y1, x2, y2 in pixels, `scores` (N,), `labels`
+            (N,), `masks` bool (N, height, width). Semantic: `semantic` int64 (height, width). Panoptic: `panoptic`
+            int32 (height, width), 0 where there is nothing, and `segments`, dicts of id, label, isthing and score.
+        """
+        if self.training:
+            raise RuntimeError("predict() works in evaluation mode: call eval() first")
+        frames = [tuple(image.shape[-2:]) for image in images]
+        sizes = frames if sizes is None else [tuple(map(int, size)) for size in sizes]
+        if len(sizes) != len(images):
+            raise ValueError(f"sizes: {len(images)} images need one (height, width) each, got {len(sizes)}")
+        together = defaultdict(list)  # images of one padded size: a larger frame would change what the network sees
+        for i, frame in enumerate(frames):
+            together[self.padded_size([frame])].append(i)
+        results: list[dict] = [{} for _ in images]
+        for indices in together.values():
+            group = self.pad([images[i] for i in indices])
+            found = self.predictions(group, [frames[i] for i in indices], [sizes[i] for i in indices], **kwargs)
+            for i, result in zip(indices, found, strict=True):
+                results[i] = result
+        return results
+
+    def padded_size(self, frames: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """(height, width) that holds all `frames`."""
+        height, width = (max(sides) for sides in zip(*frames, strict=True))
+        return tuple(math.ceil(side / self.size_divisor) * self.size_divisor for side in (height, width))
+
+    def pad(self, images: Sequence[Tensor]) -> Tensor:
+        """(batch, 3, height, width) of images (3, h, w)."""
+        height, width = self.padded_size([tuple(image.shape[-2:]) for image in images])
+        return torch.stack([pad_to(image, height, width) for image in images])
+
+
+def pad_to(x: Tensor, height: int, width: int, value: float = 0) -> Tensor:
+    """(..., h, w) to (..., height, width), filled up on the right and at the bottom."""
+    return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=value)
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(batch, channels, h, w) to (batch, channels, *size) by bilinear interpolation, pixel centres fixed."""
+    return (
+        x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    )
