@@ -20,6 +20,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import nn
 
 from dinat.commands.catalogue import console, find
+from dinat.commands.predict_dense import predict_dense
 from dinat.data import ImageError, open_image, resolve_preprocessing
 from dinat.data.images import pick_images, walk_data
 from dinat.errors import CheckpointError, UserError
@@ -40,10 +41,17 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 16,
     format: Annotated[Format, typer.Option(help="How to print them.")] = Format.table,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Of a dense model: where its results go.")] = None,
     exif_transpose: Annotated[bool, typer.Option("--exif-transpose", help="Turn images upright first.")] = False,
 ) -> None:
-    """Show the likeliest classes of images."""
+    """Show the likeliest classes of images; or find objects and segments, with a dense model (local-dir:RUN)."""
     files = list(find_images(images))
+    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    if is_dense(model):
+        if output is None:
+            raise UserError(f"--output is not set, and --model {model} is for dense prediction. Give a folder.")
+        refuse_unread(predict_dense(files, model.partition(":")[2], output, exif_transpose, errors), len(files))
+        return
     network = load(model, checkpoint)
     if not network.num_classes:
         raise UserError(f"--model {model}: its weights have no classifier.")
@@ -51,7 +59,6 @@ def predict(
     preprocessing = resolve_preprocessing({}, network)
     transform = create_transform(**preprocessing)
     rows: list[dict[str, Any]] = []
-    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     unreadable = 0
     steps = range(0, len(files), batch_size)
     if errors.is_terminal:  # a disabled bar ends with an empty line before rich 15
@@ -77,8 +84,20 @@ def predict(
                 )
     if rows:
         show(rows, format)
+    refuse_unread(unreadable, len(files))
+
+
+def refuse_unread(unreadable: int, total: int) -> None:
+    """Ends with an error where images could not be read, once the others have their results."""
     if unreadable:
-        raise UserError(f"{unreadable} of {len(files)} images cannot be read and have no rows.")
+        raise UserError(f"{unreadable} of {total} images cannot be read and have no rows.")
+
+
+def is_dense(model: str) -> bool:
+    """Whether `model` is the folder of a model for dense prediction."""
+    kind, _, folder = model.partition(":")
+    config = Path(folder) / "config.json"
+    return kind == "local-dir" and config.is_file() and "task" in json.loads(config.read_text())
 
 
 def find_images(paths: list[Path]) -> Iterator[Path]:

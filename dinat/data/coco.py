@@ -198,7 +198,7 @@ class CocoFile(Dataset):
         if len(self.problems) > SHOWN:
             shown += f"\n... and {len(self.problems) - SHOWN} more"
         if on_bad != "skip":
-            raise UserError(f"{shown}\nRepair the file, or leave these out with data.on_bad_annotation=skip.")
+            raise UserError(f"{shown}\nRepair the file, or leave these out with +data.kwargs.on_bad=skip.")
         log.warning("left out, %d in all:\n%s", len(self.problems), shown)
 
 

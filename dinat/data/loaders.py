@@ -1,7 +1,8 @@
 """From a dataset to batches: transforms, order, and what is done about images that cannot be read.
 
 A batch is `(images, targets, problems)`: uint8 `(B, C, H, W)`, int64 `(B,)` and a list with one line for each image
-that could not be read. A target of `IGNORE` marks a row that only fills the batch up and counts nowhere.
+that could not be read. For dense prediction, images are a list of uint8 `(C, h, w)` and targets a list of dicts. A
+target of `IGNORE` marks an image that only fills the batch up and counts nowhere.
 
 Normalisation, erasing and mixup happen on the device, in the training step: workers move uint8.
 """
@@ -28,7 +29,9 @@ from dinat.errors import UserError
 
 ATTEMPTS = 10  # neighbours tried in place of an unreadable training image before giving up
 
-Batch = tuple[torch.Tensor, torch.Tensor, list[str]]
+FILLER = (3, 32, 32)  # size of what stands in for an image where each has a size of its own
+
+Batch = tuple[Any, Any, list[str]]
 Opener = Callable[[Any], Image.Image]  # `open_image` with the settings of this data
 
 
@@ -37,19 +40,24 @@ class Images(Dataset):
 
     An unreadable image is replaced by the next one in training (`substitute`) and by a filler in evaluation, where
     another image in its place would be counted twice.
+
+    Args:
+        transform: PIL image -> uint8 tensor of `size`; with `size` None, (image, target) -> (uint8 tensor, target).
     """
 
     def __init__(
-        self, source: Dataset, transform: Callable, size: Sequence[int], opener: Opener, *, seed: int, substitute: bool
-    ) -> None:
+        self, source: Dataset, transform: Callable, size: Sequence[int] | None, opener: Opener, *, seed: int,
+        substitute: bool,
+    ) -> None:  # fmt: skip
         self.source, self.transform, self.opener = source, transform, opener
         self.seed, self.substitute = seed, substitute
-        self.filler = torch.zeros(tuple(size), dtype=torch.uint8)
+        self.joint = size is None
+        self.filler = torch.zeros(tuple(size or FILLER), dtype=torch.uint8)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int, list[str]]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, Any, list[str]]:
         index, epoch = key if isinstance(key, tuple) else (key, None)
         problems: list[str] = []
         while index != IGNORE:
@@ -62,10 +70,14 @@ class Images(Dataset):
                 continue
             if epoch is not None:
                 reseed_host(self.seed, epoch, index)
+            if self.joint:
+                return *self.transform(image, target), problems
             return torch.as_tensor(self.transform(image)), int(target), problems
         return self.filler, IGNORE, problems
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Any, Any]:
+        if self.joint:
+            return self.source[index]
         if not isinstance(self.source, ImageDataset):
             image, target = self.source[index]
             return self.opener(image), target
@@ -138,8 +150,14 @@ class Stream(IterableDataset):
 
 def collate(samples: list[tuple[torch.Tensor, int, list[str]]]) -> Batch:
     """Stacks samples into a `Batch`."""
+    images, targets, problems = collate_joint(samples)
+    return default_collate(images), torch.tensor(targets), problems
+
+
+def collate_joint(samples: list[tuple[torch.Tensor, Any, list[str]]]) -> Batch:
+    """Lists samples of different sizes as a `Batch`."""
     images, targets, problems = zip(*samples, strict=True)
-    return default_collate(list(images)), torch.tensor(targets), [line for lines in problems for line in lines]
+    return list(images), list(targets), [line for lines in problems for line in lines]
 
 
 def count_images(targets: Sequence[Any]) -> int:
@@ -203,8 +221,8 @@ class TrainLoader:
 
     Args:
         source: a dataset as `open_split` returns it.
-        transform: PIL image -> uint8 `(C, H, W)`.
-        opener: opens an image as the model needs it.
+        transform, size: as `Images` takes them.
+        opener: opens an image as the model needs it; data for dense prediction does so itself.
         batch_size: images per batch and process.
         parts: batches per update (gradient accumulation).
 
@@ -213,8 +231,8 @@ class TrainLoader:
     """
 
     def __init__(
-        self, source: Dataset, transform: Callable, size: Sequence[int], *, batch_size: int, parts: int, rank: int,
-        ranks: int, seed: int, workers: int, pin_memory: bool, opener: Opener = open_image,
+        self, source: Dataset, transform: Callable, size: Sequence[int] | None, *, batch_size: int, parts: int,
+        rank: int, ranks: int, seed: int, workers: int, pin_memory: bool, opener: Opener = open_image,
     ) -> None:  # fmt: skip
         self.parts = parts
         if isinstance(source, IterableDataset):
@@ -264,8 +282,8 @@ class EvalOrder:
 
 
 def eval_loader(
-    source: Dataset, transform: Callable, size: Sequence[int], *, batch_size: int, rank: int, ranks: int, workers: int,
-    pin_memory: bool, opener: Opener = open_image,
+    source: Dataset, transform: Callable, size: Sequence[int] | None, *, batch_size: int, rank: int, ranks: int,
+    workers: int, pin_memory: bool, opener: Opener = open_image,
 ) -> DataLoader:  # fmt: skip
     """A loader of each image once over all processes; rows with target `IGNORE` are not images.
 
@@ -293,7 +311,7 @@ def _loader(dataset: Dataset, workers: int, pin_memory: bool, **options: Any) ->
         dataset,
         num_workers=workers,
         pin_memory=pin_memory,
-        collate_fn=collate,
+        collate_fn=collate_joint if getattr(dataset, "joint", False) else collate,
         worker_init_fn=shield_worker,
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         **options,

@@ -18,6 +18,9 @@ import timm
 import dinat
 from dinat.errors import UserError, nearest
 
+from . import folder
+from .folder import read_config, save
+
 METHODS = {  # class and file of each
     "mask_rcnn": ("MaskRCNN", "rcnn"),
     "cascade_mask_rcnn": ("CascadeMaskRCNN", "rcnn"),
@@ -26,7 +29,9 @@ METHODS = {  # class and file of each
     "oneformer": ("OneFormer", "mask2former"),
 }
 
-__all__ = ["METHODS", "create_model", "list_models"]
+LOCAL = "local-dir:"
+
+__all__ = ["METHODS", "create_model", "list_models", "read_config", "save"]
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -46,7 +51,8 @@ def create_model(
     """A `dinat.dense.model.DenseModel`.
 
     Args:
-        name: a method of `METHODS`, or METHOD_BACKBONE.
+        name: a method of `METHODS`, or METHOD_BACKBONE, or local-dir:FOLDER for a run folder or another that `save`
+            wrote; with that, of the other arguments only `pretrained` has a meaning.
         pretrained: published weights of the whole model; `pretrained_backbone=True` is for those of the backbone.
         num_classes: without background; None for those of the published model.
         backbone: any timm model with `features_only`; not beside a name that has one.
@@ -56,6 +62,8 @@ def create_model(
         UserError: an unknown name, an argument that the method does not take, a missing package, `pretrained` where
             nothing is published.
     """
+    if name.startswith(LOCAL):
+        return _from_folder(name.removeprefix(LOCAL), pretrained)
     method = max((m for m in METHODS if name == m or name.startswith(f"{m}_")), key=len, default=None)
     if method is None:
         raise UserError(
@@ -75,6 +83,19 @@ def create_model(
         raise UserError(f"{argument}={kwargs[argument]}: {method} takes no such argument.{nearest(argument, takes)}")
     given = {"num_classes": num_classes, "backbone": backbone}
     return cls(**{key: value for key, value in given.items() if value is not None}, **kwargs)
+
+
+def _from_folder(path: str, pretrained: bool):
+    described = folder.read_config(path)
+    section = described["model"]
+    model = create_model(
+        section["name"], num_classes=described["num_classes"], backbone=section["backbone"], task=described["task"],
+        **section["kwargs"],
+    )  # fmt: skip
+    model.preprocessing = {**model.preprocessing, **{key: described["preprocessing"][key] for key in ("mean", "std")}}
+    if pretrained:
+        folder.load_weights(model, path)
+    return model
 
 
 def _import(method: str) -> type:

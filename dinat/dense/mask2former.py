@@ -344,6 +344,12 @@ class OneFormer(Universal):
             for layer in network.model.text_mapper.text_encoder.transformer.layers:
                 layer.self_attn.register_forward_pre_hook(_look_back, with_kwargs=True)
 
+    def train(self, mode: bool = True) -> OneFormer:
+        super().train(mode)
+        for layer in self.network.model.pixel_level_module.decoder.encoder.layers:
+            layer.is_training = mode  # of its dropout, which transformers leaves to the configuration
+        return self
+
     def run(self, batch: Tensor, tasks: Sequence[str], **kwargs: Any) -> Any:
         tokens = torch.zeros(len(batch), CONTEXT, device=batch.device)
         for row, task in zip(tokens, tasks, strict=True):

@@ -51,7 +51,7 @@ class Anchors(AnchorGenerator):
         """(anchors, 4) around the origin; ratios are height / width."""
         roots = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
         scales = torch.as_tensor(scales, dtype=dtype, device=device)
-        widths, heights = (scales / roots[:, None]).flatten(), (scales * roots[:, None]).flatten()
+        widths, heights = ((ratio[:, None] * scales).flatten() for ratio in (1 / roots, roots))
         return torch.stack([-widths, -heights, widths, heights], 1) / 2
 
     def forward(self, images: ImageList, maps: list[Tensor]) -> list[Tensor]:

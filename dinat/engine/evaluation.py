@@ -35,12 +35,11 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     with join(cfg.runtime.device) as world, report.logging_to(None, world.primary):
         origin = origin_of(find_weights(cfg.checkpoint, "checkpoint") if cfg.checkpoint else None)
-        name = cfg.task or origin.task
         data = merge_data(cfg.data, origin.config.get("data"))
         runtime = {"dtype": "float32", "workers": 0, "channels_last": False} | origin.config.get("runtime", {})
         runtime |= {key: value for key, value in cfg.runtime.items() if value is not None}
         batch_size = cfg.batch_size or origin.config.get("eval_batch_size", 256)
-        task = find_task(name)(data, model_section(cfg.model, origin), runtime, world)
+        task = find_task(origin.task)(data, model_section(cfg.model, origin), runtime, world)
         task.check_details(per_class=cfg.per_class, confusion=cfg.confusion)
         task.open_validation(origin)
 
@@ -68,7 +67,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
                 names = task.classes or list(map(str, range(task.num_classes)))
                 report.draw_confusion(folder / "confusion.png", scores.confusion, names)
         weights = str(origin.weights) if origin.weights else None
-        return row | {"task": name, "count": scores.count, "skipped": scores.skipped, "checkpoint": weights}
+        return row | {"task": origin.task, "count": scores.count, "skipped": scores.skipped, "checkpoint": weights}
 
 
 def origin_of(weights: Path | None) -> Origin:
@@ -110,7 +109,7 @@ def merge_data(data: DictConfig, trained: Mapping[str, Any] | None) -> dict[str,
 
 def model_section(model: DictConfig, origin: Origin) -> dict[str, Any]:
     """The `model` section to build from: what is given, on what the checkpoint tells."""
-    section = {"pretrained": False, "checkpoint": None, "drop_path_rate": None, "kwargs": {}} | origin.model
+    section = {"backbone": None, "drop_path_rate": None, "kwargs": {}} | origin.model
     section |= {"checkpoint": None, "pretrained": model.pretrained}
     section["kwargs"] = {**to_dict(section["kwargs"]), **to_dict(model.kwargs)}
     section["name"] = model.name or section.get("name")

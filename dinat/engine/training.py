@@ -128,6 +128,8 @@ class Trainer:
         self.updates = self.train_loader.updates
         self.schedule, epochs = create_schedule(cfg.scheduler, self.optimizer, self.updates)
         self.epochs, self.last_step = math.ceil(epochs), round(epochs * self.updates)
+        if self.last_step < 1:
+            raise UserError(f"scheduler.epochs={cfg.scheduler.epochs}: not one update; an epoch has {self.updates}.")
 
         self.epoch = self.step = 0  # epochs finished, updates done
         self.lr = 0.0  # of the last update
@@ -153,7 +155,7 @@ class Trainer:
                 last = epoch + 1 == self.epochs
                 if last or (epoch + 1) % self.cfg.eval_every == 0:
                     scores = self.evaluate(f"evaluation {epoch + 1}/{self.epochs}")
-                    row |= {f"val_{name}": value for name, value in scores.figures.items()}
+                    row |= {f"val_{name}": scores.figures[name] for name in self.task.labels if name in scores.figures}
                 self.finish_epoch(row)
                 if self.world.primary and (last or time.monotonic() - drawn > CURVES_EVERY):
                     headline = self.task.headline

@@ -494,8 +494,8 @@ def _nat_cfg(path: str, hub: str) -> dict:
     return cfg(path, hub, paper_ids="arXiv:2204.07143", paper_name="Neighborhood Attention Transformer")
 
 
-def _small_cfg() -> dict:
-    return cfg(input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0)
+def _small_cfg(size: int = 32, pool: int = 4) -> dict:
+    return cfg(input_size=(3, size, size), pool_size=(pool, pool), crop_pct=1.0)
 
 
 default_cfgs = generate_default_cfgs(
@@ -522,6 +522,7 @@ default_cfgs = generate_default_cfgs(
             "dinat/checkpoints/imagenet22k/dinat_large_in22k_224_11x11interp.pth", num_classes=21841
         ),
         "dinat_pico.untrained": _small_cfg(),
+        "dinat_pico_patch4.untrained": _small_cfg(96, 3),
         "dinat_nano.untrained": _small_cfg(),
     }
 )
@@ -616,6 +617,21 @@ def dinat_pico(pretrained: bool = False, **kwargs) -> NAT:
         stem_stride=2,
     )
     return create_nat("dinat_pico", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def dinat_pico_patch4(pretrained: bool = False, **kwargs) -> NAT:
+    """For dense prediction on small images, with the strides 4, 8, 16 and 32 that heads expect; ours, not published."""
+    model_args = dict(
+        img_size=96,
+        embed_dim=32,
+        depths=(2, 2, 4, 2),
+        num_heads=(1, 2, 4, 8),
+        mlp_ratio=3.0,
+        kernel_size=3,
+        dilations="max",
+    )
+    return create_nat("dinat_pico_patch4", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -7,7 +7,12 @@ import importlib
 from dinat.errors import UserError, nearest
 from dinat.tasks.task import Origin, Scores, Step, Task
 
-TASKS = {"classification": "Classification"}
+TASKS = {
+    "classification": "Classification",
+    "detection": "Detection",
+    "semantic": "Semantic",
+    "panoptic": "Panoptic",
+}
 
 __all__ = ["TASKS", "Origin", "Scores", "Step", "Task", "find_task"]
 

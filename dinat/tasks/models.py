@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from dinat import checkpoints
 from dinat.errors import CheckpointError, UserError, nearest
 from dinat.files import write_atomically
+
+log = logging.getLogger("dinat")
 
 # what says where weights lie and how they are read, of a timm pretrained_cfg
 WEIGHT_SOURCE = ("url", "file", "hf_hub_id", "hf_hub_filename", "custom_load", "num_classes", "classifier")
@@ -103,10 +106,7 @@ def load_weights(
         UserError: for a missing or unreadable file, another architecture, or another number of classes.
     """
     path = find_weights(path, key)
-    try:
-        state = checkpoints.read_checkpoint(path, use_ema)
-    except CheckpointError as error:
-        raise UserError(f"{key}={error}") from error
+    state = read_weights(path, use_ema, key)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     own = model.state_dict()
     if convert and state.keys() != own.keys():
@@ -120,6 +120,55 @@ def load_weights(
         state |= {name: own[name] for name in head & own.keys()}
     check_fit(model, state, f"{key}={path}")
     model.load_state_dict(state)
+
+
+def load_dense_weights(
+    model: nn.Module, path: str | Path, *, reset_head: bool = False, use_ema: bool = True, key: str = "model.checkpoint"
+) -> None:
+    """Loads weights into a model of `dinat.dense`: all of them or, with `reset_head`, those of the backbone alone.
+
+    The backbone may come from a model of another method or task, a classifier too. Norms of its feature maps, which
+    classifiers do not have, start anew then, and the log says so.
+
+    Raises:
+        UserError: for a missing or unreadable file, or another model or backbone.
+    """
+    path = find_weights(path, key)
+    state = read_weights(path, use_ema, key)
+    if not reset_head:
+        what = f"{key}={path} is of another model than this {type(model).__name__}"
+        hint = " (model.reset_head=true takes the backbone alone)" if key == "model.checkpoint" else ""
+        checkpoints.check_fit(model.state_dict(), state, what + hint)
+        model.load_state_dict(state)
+        return
+    own = model.backbone.state_dict()
+    found = _backbone_part(state, own)
+    lacking = own.keys() - found.keys()
+    if not found or any("norm" not in name.rsplit(".", 2)[-2] for name in lacking):
+        checkpoints.check_fit(own, found, f"{key}={path} is of another backbone than {type(model).__name__}'s")
+    model.backbone.load_state_dict(found, strict=False)
+    new = f"; {', '.join(sorted(lacking))} and the head start anew" if lacking else "; the head starts anew"
+    log.info("%s: %d tensors of the backbone%s", path, len(found), new)
+
+
+def _backbone_part(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `state` that are `own`'s, wherever the backbone lies in it: names agree from the end."""
+    best: dict[str, Tensor] = {}
+    for depth in range(max(name.count(".") for name in own)):  # names around the timm model, "features.model.model."
+        inner = {name: name.split(".", depth)[-1] for name in own if name.count(".") >= depth}
+        first = next(iter(inner.values()))
+        for prefix in {name.removesuffix(first) for name in state if name == first or name.endswith(f".{first}")}:
+            found = {name: state[prefix + part] for name, part in inner.items() if prefix + part in state}
+            best = max(best, {name: x for name, x in found.items() if x.shape == own[name].shape}, key=len)
+    return best
+
+
+def read_weights(path: Path, use_ema: bool, key: str) -> dict[str, Tensor]:
+    """The tensors of a weights file; messages begin with `key`, the setting that named it."""
+    try:
+        return checkpoints.read_checkpoint(path, use_ema)
+    except CheckpointError as error:
+        raise UserError(f"{key}={error}") from error
 
 
 def find_weights(path: str | Path, key: str) -> Path:
@@ -136,7 +185,7 @@ def find_weights(path: str | Path, key: str) -> Path:
 
 
 def _classifier_keys(model: nn.Module) -> set[str]:
-    names = model.pretrained_cfg.get("classifier") or ()
+    names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     return {f"{n}.{part}" for n in ([names] if isinstance(names, str) else names) for part in ("weight", "bias")}
 
 

@@ -55,13 +55,14 @@ def swin_names(state):
 
 def test_swin_is_that_of_transformers():
     torch.manual_seed(0)
-    arguments = dict(stage_norm=True)
-    theirs = SwinConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    # a size at which all maps are of whole windows, and more than one: otherwise, theirs and timm's pad and shift apart
+    widths = dict(embed_dim=24, num_heads=(1, 2, 4, 8))
+    theirs = SwinConfig(**widths, out_features=["stage1", "stage2", "stage3", "stage4"])
     theirs, ours = (
         UperNetForSemanticSegmentation(
             UperNetConfig(backbone_config=config, hidden_size=16, auxiliary_channels=8)
         ).eval()
-        for config in (theirs, TimmConfig("swin_tiny_patch4_window7_224", arguments))
+        for config in (theirs, TimmConfig("swin_tiny_patch4_window7_224", widths | dict(img_size=448, stage_norm=True)))
     )
     for name, parameter in ours.named_parameters():
         if "table" in name or "norm" in name:  # whose initial values hide what they do
@@ -76,7 +77,7 @@ def test_swin_is_that_of_transformers():
     assert all(unused.search(key) for key in missing.missing_keys), missing.missing_keys
     for head in ("decode_head", "auxiliary_head"):
         getattr(theirs, head).load_state_dict(getattr(ours, head).state_dict())
-    images = torch.randn(1, 3, 224, 288)
+    images = torch.randn(1, 3, 448, 448)
     with torch.no_grad():
         expected, actual = theirs(images).logits, ours(images).logits
     assert expected.std() > 1e-3

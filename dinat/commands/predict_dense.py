@@ -1,0 +1,72 @@
+"""`dinat predict` with a model for dense prediction: pictures of what was found, and the results as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from torchvision import tv_tensors
+
+from dinat import dense
+from dinat.data import ImageError, open_image
+from dinat.data.dense_transforms import dense_eval_transform
+from dinat.data.results import write_detections, write_panoptic
+from dinat.errors import UserError
+from dinat.files import write_atomically
+from dinat.visualize import draw
+
+
+def predict_dense(files: list[Path], folder: str, output: Path, exif_transpose: bool, errors: Console) -> int:
+    """Writes what the model of a folder finds in images; returns how many could not be read, once they are named.
+
+    For each image there is a picture NAME.png; beside them detections.json (COCO's records, images by their number),
+    panoptic.json with a folder of PNG files, or, of semantic maps, NAME_labels.png, whose pixels are labels.
+
+    Raises:
+        UserError: for images of the same name, whose results would overwrite each other.
+    """
+    names: dict[str, Path] = {}
+    for file in files:
+        if (other := names.setdefault(file.stem, file)) is not file:
+            raise UserError(f"IMAGE {file}: has the name of {other}, so their results would be the same file.")
+    described = dense.read_config(folder)
+    network = dense.create_model(f"{dense.LOCAL}{folder}", pretrained=True).eval()
+    resize = dense_eval_transform(described["preprocessing"]["transform"])
+    classes, found, unreadable = described["label_names"], [], 0
+    output.mkdir(parents=True, exist_ok=True)
+    for name, file in track(names.items(), "images", console=errors, transient=True, disable=not errors.is_terminal):
+        try:
+            pixels = torch.from_numpy(np.array(open_image(file, exif_transpose=exif_transpose))).permute(2, 0, 1)
+        except ImageError as error:
+            errors.print(f"{file}: {error}")
+            unreadable += 1
+            continue
+        prediction = predict_one(network, resize, tv_tensors.Image(pixels.contiguous()))
+        write_image(output / f"{name}.png", draw(pixels, prediction, classes))
+        if "semantic" in prediction:
+            labels = prediction["semantic"].numpy().astype(np.uint8)
+            write_image(output / f"{name}_labels.png", Image.fromarray(labels))
+        found.append((file, prediction))
+    ids = range(len(classes))
+    if described["task"] == "detection":
+        write_detections(output / "detections.json", ((i, one) for i, (_, one) in enumerate(found)), ids)
+    if described["task"] == "panoptic":
+        write_panoptic(output / "panoptic.json", ((i, file.name, one) for i, (file, one) in enumerate(found)), ids)
+    return unreadable
+
+
+def predict_one(network: nn.Module, resize: Any, image: tv_tensors.Image) -> dict[str, Any]:
+    """The prediction for a uint8 image (3, H, W), in its own size."""
+    resized, target = resize(image, {})
+    mean, std = (torch.tensor(network.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return network.predict([(torch.as_tensor(resized).float() / 255 - mean) / std], [target["size"]])[0]
+
+
+def write_image(path: Path, picture: Image.Image) -> None:
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))

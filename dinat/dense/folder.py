@@ -1,0 +1,50 @@
+"""A dense model as a folder, model.safetensors and config.json: all that is needed to make it anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from dinat.errors import UserError
+from dinat.files import write_atomically, write_text
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def save(model: nn.Module, described: Mapping[str, Any], folder: Path) -> None:
+    """Writes a model folder.
+
+    Args:
+        described: what config.json says: `task`; `model`, with `name`, `backbone` and `kwargs` of
+            `dinat.dense.create_model`; `num_classes`, `label_names` and `preprocessing`.
+    """
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    content = to_bytes(state, metadata={"format": "pt"})  # its save_file makes files that only their owner can read
+    write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_bytes(content))
+    write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """What config.json of a model folder says.
+
+    Raises:
+        UserError: for a folder without one, or one of another kind of model.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder}: holds no {CONFIG}; give the folder of a dense model.")
+    described = json.loads(path.read_text())
+    if "model" not in described or "task" not in described:
+        raise UserError(f"{path}: is not of a dense model. timm.create_model('local-dir:{folder}') may read it.")
+    return described
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Loads the weights of a model folder, all of them."""
+    model.load_state_dict(load_file(Path(folder) / WEIGHTS))

@@ -1,0 +1,29 @@
+"""Boxes around objects, and their masks: average precision as COCO defines it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from dinat.data.coco import CocoObjects
+from dinat.data.scenes import DetectionScenes
+from dinat.metrics.detection import DetectionMetric
+from dinat.tasks.dense import DenseTask
+
+
+class Detection(DenseTask):
+    """Detection, and instance segmentation where the data has masks."""
+
+    name = "detection"
+    headline = "box_ap"
+    labels: ClassVar[dict[str, str]] = {
+        "box_ap": "box AP",
+        "box_ap50": "box AP50",
+        "box_ap75": "box AP75",
+        "mask_ap": "mask AP",
+        "mask_ap50": "mask AP50",
+        "mask_ap75": "mask AP75",
+    }
+    readers: ClassVar = {"digit_scenes": DetectionScenes, "coco": CocoObjects}
+
+    def metric(self, confusion: bool = False) -> DetectionMetric:
+        return DetectionMetric(self.classes, masks=getattr(self.val_set, "masks", True))

@@ -1,0 +1,25 @@
+"""A class for each pixel, and which object it belongs to: panoptic quality."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from dinat.data.coco import CocoPanoptic
+from dinat.data.scenes import PanopticScenes
+from dinat.metrics.panoptic import PanopticMetric
+from dinat.tasks.dense import DenseTask
+
+
+class Panoptic(DenseTask):
+    """Panoptic segmentation."""
+
+    name = "panoptic"
+    headline = "pq"
+    labels: ClassVar[dict[str, str]] = {"pq": "PQ", "pq_things": "PQ things", "pq_stuff": "PQ stuff"}
+    readers: ClassVar = {"digit_scenes": PanopticScenes, "coco_panoptic": CocoPanoptic}
+
+    def arguments(self) -> dict[str, Any]:
+        return {**super().arguments(), "things": list(self.val_set.things)}
+
+    def metric(self, confusion: bool = False) -> PanopticMetric:
+        return PanopticMetric(self.classes, self.val_set.things)

@@ -1,0 +1,25 @@
+"""A class for each pixel: mean intersection over union."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from dinat.data.masks import SemanticFolder
+from dinat.data.scenes import SemanticScenes
+from dinat.metrics.semantic import SemanticMetric
+from dinat.tasks.dense import DenseTask
+
+
+class Semantic(DenseTask):
+    """Semantic segmentation."""
+
+    name = "semantic"
+    headline = "miou"
+    labels: ClassVar[dict[str, str]] = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+    readers: ClassVar = {"digit_scenes": SemanticScenes, "masks": SemanticFolder}
+
+    def check_details(self, *, per_class: bool, confusion: bool) -> None:
+        """Both can be had."""
+
+    def metric(self, confusion: bool = False) -> SemanticMetric:
+        return SemanticMetric(self.classes)

@@ -1,0 +1,181 @@
+"""Detection, semantic and panoptic segmentation in the loop: what a run leaves, that it repeats, that it resumes."""
+
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import dinat.commands
+import dinat.dense
+from dinat.engine import evaluate, train
+from dinat.engine.checkpoint import read_checkpoint
+from dinat.engine.training import Trainer
+from dinat.errors import UserError
+
+BACKBONE = "backbone_kwargs: {embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1]}"
+KWARGS = {
+    "detection": "fpn_channels: 8, box_channels: 16, mask_channels: 8, roi_samples: 16, rpn_samples: 32, "
+    "rpn_top_train: 20, rpn_top: 20, rpn_keep_train: 20, rpn_keep: 10, detections: 5, score_threshold: 0.0",
+    "semantic": "channels: 8, auxiliary_channels: 8",
+    "panoptic": "width: 64, heads: 2, encoder_layers: 1, decoder_layers: 2, encoder_mlp: 32, decoder_mlp: 32, "
+    "queries: 8, points: 64, object_threshold: 0.0",
+}
+HEADLINES = {"detection": "box_ap", "semantic": "miou", "panoptic": "pq"}
+
+
+@pytest.fixture(scope="module")
+def scenes(compose):
+    """The training configuration of a task with a tiny model on 12 scenes of 32 pixels, with overrides."""
+
+    def scenes(task, *overrides):
+        return compose(
+            f"task={task}", f"++model.kwargs={{{KWARGS[task]}, {BACKBONE}}}", "data.img_size=32",
+            "++data.kwargs={digits: [1, 2], digit_size: [12, 20], scenes: 12}", "batch_size=4", "eval_batch_size=32",
+            "scheduler.epochs=2", "scheduler.warmup_epochs=0", "eval_every=2", "runtime.device=cpu", *overrides,
+        )  # fmt: skip
+
+    return scenes
+
+
+@pytest.fixture(scope="module", params=KWARGS)
+def run(request, scenes, tmp_path_factory):
+    """A finished run of each task: its folder, and the figure that training returned."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, train(scenes(request.param, "ema.decay=0.5"), folder)
+
+
+def test_run_folder(run):
+    task, folder, score = run
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "best.pt", "config.json", "config.yaml", "curves.png", "environment.json", "last.pt", "model.safetensors",
+        "predictions.png", "summary.csv", "train.log",
+    }  # fmt: skip
+    first, last = csv.DictReader((folder / "summary.csv").open())
+    assert first[f"val_{HEADLINES[task]}"] == ""
+    assert float(last[f"val_{HEADLINES[task]}"]) == score
+    parts = [float(value) for name, value in last.items() if name.startswith("train_loss_")]
+    assert len(parts) > 1
+    assert float(last["train_loss"]) == pytest.approx(sum(parts), rel=1e-5)
+    assert Image.open(folder / "predictions.png").width == 3 * 328 - 8
+
+
+def test_evaluation_repeats_the_figure_of_training(run, evaluation, tmp_path):
+    task, folder, score = run
+    result = evaluate(evaluation(f"checkpoint={folder}", f"output={tmp_path}", "per_class=true"))
+    assert (result["task"], result["count"], result["skipped"]) == (task, 128, 0)
+    assert result[HEADLINES[task]] == round(score, 4)
+    row = next(csv.DictReader((tmp_path / "results.csv").open()))
+    assert float(row[HEADLINES[task]]) == round(score, 4)
+    assert len((tmp_path / "per_class.csv").read_text().splitlines()) == (11 if task == "detection" else 12)
+    json.dumps(result, allow_nan=False)
+
+
+def test_exported_folder_is_a_model(run):
+    task, folder, _ = run
+    model = dinat.dense.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    averaged = read_checkpoint(folder / "last.pt")["state_dict_ema"]
+    assert model.task == task
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in model.state_dict().items())
+    (found,) = model.predict([torch.zeros(3, 40, 56)], [(20, 28)])
+    maps = found["masks"] if task == "detection" else found[task]
+    assert maps.shape[-2:] == (20, 28)
+
+
+def test_predict_writes_pictures_and_results(run, tmp_path, monkeypatch, capsys):
+    """The command line on images of other sizes, one of them damaged."""
+    task, folder, _ = run
+    for index, size in enumerate([(40, 28), (64, 64)]):
+        Image.new("RGB", size, (90, 120, 60 + index)).save(tmp_path / f"{index}.jpg")
+    (tmp_path / "2.jpg").write_text("no image")
+    output = tmp_path / "found"
+    arguments = ["dinat", "predict", tmp_path, "--model", f"local-dir:{folder}", "--output", output]
+    monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
+    with pytest.raises(SystemExit) as stop:
+        dinat.commands.main()
+    assert stop.value.code == 2
+    messages = capsys.readouterr().err
+    assert "2.jpg: cannot identify image file" in messages
+    assert "1 of 3 images cannot be read" in messages
+    assert Image.open(output / "0.png").size == (40, 28)
+    if task == "detection":
+        records = json.loads((output / "detections.json").read_text())
+        assert {record["image_id"] for record in records} == {0, 1}
+        assert all(record["segmentation"]["size"] in ([28, 40], [64, 64]) for record in records)
+    elif task == "panoptic":
+        annotations = json.loads((output / "panoptic.json").read_text())["annotations"]
+        assert [one["file_name"] for one in annotations] == ["0.png", "1.png"]
+        assert Image.open(output / "panoptic" / "1.png").size == (64, 64)
+    else:
+        labels = Image.open(output / "0_labels.png")
+        assert (labels.size, labels.mode) == ((40, 28), "L")
+
+
+@pytest.mark.parametrize("task", KWARGS)
+def test_killed_and_resumed_is_bit_identical(scenes, tmp_path, monkeypatch, task):
+    """The kill is in the second epoch, an update after a checkpoint."""
+    cfg = scenes(task, "checkpoint.every_steps=1", "augment=dense", "eval_every=3")
+    cfg.scheduler.epochs = 2
+    train(cfg, tmp_path / "whole")
+    update = Trainer.update
+
+    def update_or_die(self, batches):
+        update(self, batches)
+        if self.step == 5:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(Trainer, "update", update_or_die)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(cfg, tmp_path / "killed")
+    assert read_checkpoint(tmp_path / "killed" / "last.pt")["step"] == 4
+    monkeypatch.undo()
+    cfg.resume = "auto"
+    train(cfg, tmp_path / "killed")
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    losses = {read_checkpoint(tmp_path / name / "last.pt")["history"][-1]["train_loss"] for name in ("whole", "killed")}
+    assert len(losses) == 1
+
+
+def test_backbone_of_another_task(run, scenes, tmp_path, caplog):
+    """`model.reset_head=true` takes the backbone from a run of any task; without it, the run is refused."""
+    task, folder, _ = run
+    other = "semantic" if task == "panoptic" else "panoptic"
+    caplog.set_level("INFO", "dinat")
+    cfg = scenes(other, f"model.checkpoint={folder}", "scheduler.epochs=1", "optimizer.lr=0.0", "eval_every=1")
+    with pytest.raises(UserError, match=r"model\.checkpoint=.* is of another model .*model\.reset_head=true takes"):
+        train(cfg, tmp_path / "refused")
+    cfg.model.reset_head = True
+    cfg.scheduler.min_lr = 0.0
+    cfg.optimizer.weight_decay = 0.0
+    train(cfg, tmp_path / "taken")
+    source = dinat.dense.create_model(f"local-dir:{folder}", pretrained=True).backbone.state_dict()
+    taken = dinat.dense.create_model(f"local-dir:{tmp_path}/taken", pretrained=True).backbone.state_dict()
+    short = lambda state: {name.split("model.model.")[-1]: tensor for name, tensor in state.items()}  # noqa: E731
+    assert short(source).keys() == short(taken).keys()
+    assert all(torch.equal(tensor, short(taken)[name]) for name, tensor in short(source).items())
+    assert "tensors of the backbone; the head starts anew" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("task", "override", "message"),
+    [
+        ("semantic", "data=coco", r"data\.name=coco: not for task=semantic, which reads digit_scenes, masks"),
+        ("semantic", "model.backbone=dinat_pica", r"backbone=dinat_pica: no such model\. Did you mean dinat_pico"),
+        ("detection", "model.name=mask_rnn", r"mask_rnn: no such model\. Did you mean mask_rcnn"),
+        ("detection", "model={name: upernet, kwargs: null}", r"task=detection: upernet is for semantic"),
+        ("detection", "++data.kwargs.digit=3", r"data\.kwargs=.*digit"),
+        ("panoptic", "++augment.transform=[{flop: {}}]", r"augmentation: no step flop\..*Did you mean flip"),
+        ("semantic", "++augment.transform=3", r"augment\.transform=3: must be a list of steps"),
+        ("semantic", "data.exif_transpose=true", r"data\.exif_transpose=true: not for dense prediction"),
+        ("semantic", "model.num_classes=3", r"class counts differ: the data set 11, model\.num_classes 3"),
+    ],
+)
+def test_wrong_setting(scenes, tmp_path, task, override, message):
+    with pytest.raises(UserError, match=message):
+        train(scenes(task, override), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
