@@ -33,19 +33,22 @@ def test_golden(original, golden, level_maps, method):
         torch.testing.assert_close(x[0].mean(0), expected[f"fpn{i}_map_mean"], atol=1e-5, rtol=0)
     # some are cut from boxes a hundred times as large, of which float32 knows no more
     torch.testing.assert_close(seen["proposals"][0], expected["proposals"][:, :4], atol=2e-3, rtol=0)
-    boxes, labels = expected["boxes_scores"], expected["labels"].tolist()  # by class, and in it by score
-    last = next(i for i in (99, 100) if sorted(result["labels"][[*range(99), i]].tolist()) == labels)
-    # two compete for the last place, with scores as near as is asked for below
-    assert result["scores"][99] - result["scores"][last] < 1e-5
-    order = torch.tensor([*range(99), last])
-    order = order[result["labels"][order].argsort(stable=True)]
-    result = {name: value[order] for name, value in result.items()}
-    assert result["labels"].tolist() == labels
-    torch.testing.assert_close(result["boxes"], boxes[:, :4], atol=1e-3, rtol=0)
-    torch.testing.assert_close(result["scores"], boxes[:, 4], atol=1e-5, rtol=0)
     masks = np.unpackbits(expected["masks_packed"].numpy())[: 100 * 100 * 140].reshape(100, 100, 140).astype(bool)
-    assert (result["masks"].numpy() != masks).sum() == 0
+    truth = expected["boxes_scores"], expected["labels"], torch.from_numpy(masks)
+    # Two compete for the last place: their scores move by 5e-5 with the convolutions' rounding, another for each kind
+    # of CPU. (With two threads and ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2, all hundred are the golden ones.)
+    last = truth[0][:, 4].argmin()
+    best = torch.arange(100)[torch.arange(100) != last]
+    order = result["labels"][:99].argsort(stable=True)  # by class, and in it by score
+    assert result["labels"][order].tolist() == truth[1][best].tolist()
+    torch.testing.assert_close(result["boxes"][order], truth[0][best, :4], atol=1e-3, rtol=0)
+    torch.testing.assert_close(result["scores"][order], truth[0][best, 4], atol=1e-5, rtol=0)
+    assert torch.equal(result["masks"][order], truth[2][best])
     assert masks.any()
+    last_one = next(i for i in (99, 100) if result["labels"][i] == truth[1][last])
+    torch.testing.assert_close(result["boxes"][last_one], truth[0][last, :4], atol=1e-3, rtol=0)
+    torch.testing.assert_close(result["scores"][last_one], truth[0][last, 4], atol=1e-4, rtol=0)
+    assert torch.equal(result["masks"][last_one], truth[2][last])
 
 
 def test_anchors_have_exact_sizes_at_fixed_strides():
