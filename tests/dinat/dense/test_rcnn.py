@@ -1,5 +1,9 @@
 """Mask R-CNN and Cascade Mask R-CNN: the original's detections, targets worked out by hand, losses."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -19,9 +23,21 @@ def tiny(method="mask_rcnn", **kwargs):
     return dinat.dense.create_model(method, backbone="dinat_pico", **dict(backbone_kwargs=PICO) | TINY | kwargs)
 
 
+# The goldens' arithmetic: other kernels of a CPU round otherwise, which moves scores by up to 5e-5 and decides which of
+# two detections is the hundredth.
+ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
+
+
+def test_golden_in_its_arithmetic():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}", "-k", "test_golden["]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ARITHMETIC, check=False)
+    assert "2 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.skipif(not ARITHMETIC.items() <= os.environ.items(), reason="run by test_golden_in_its_arithmetic")
 @pytest.mark.parametrize("method", METHODS)
 def test_golden(original, golden, level_maps, method):
-    model = original(method, level_maps("det/160x224/level{}", 160, 224), detections=101)
+    model = original(method, level_maps("det/160x224/level{}", 160, 224))
     expected = {
         key.partition("/")[2]: value for key, value in golden("detection").items() if key.startswith(f"{method}/")
     }
@@ -33,22 +49,13 @@ def test_golden(original, golden, level_maps, method):
         torch.testing.assert_close(x[0].mean(0), expected[f"fpn{i}_map_mean"], atol=1e-5, rtol=0)
     # some are cut from boxes a hundred times as large, of which float32 knows no more
     torch.testing.assert_close(seen["proposals"][0], expected["proposals"][:, :4], atol=2e-3, rtol=0)
+    boxes, order = expected["boxes_scores"], result["labels"].argsort(stable=True)  # by class, and in it by score
+    assert result["labels"][order].tolist() == expected["labels"].tolist()
+    torch.testing.assert_close(result["boxes"][order], boxes[:, :4], atol=1e-3, rtol=0)
+    torch.testing.assert_close(result["scores"][order], boxes[:, 4], atol=1e-5, rtol=0)
     masks = np.unpackbits(expected["masks_packed"].numpy())[: 100 * 100 * 140].reshape(100, 100, 140).astype(bool)
-    truth = expected["boxes_scores"], expected["labels"], torch.from_numpy(masks)
-    # Two compete for the last place: their scores move by 5e-5 with the convolutions' rounding, another for each kind
-    # of CPU. (With two threads and ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2, all hundred are the golden ones.)
-    last = truth[0][:, 4].argmin()
-    best = torch.arange(100)[torch.arange(100) != last]
-    order = result["labels"][:99].argsort(stable=True)  # by class, and in it by score
-    assert result["labels"][order].tolist() == truth[1][best].tolist()
-    torch.testing.assert_close(result["boxes"][order], truth[0][best, :4], atol=1e-3, rtol=0)
-    torch.testing.assert_close(result["scores"][order], truth[0][best, 4], atol=1e-5, rtol=0)
-    assert torch.equal(result["masks"][order], truth[2][best])
+    assert np.array_equal(result["masks"][order].numpy(), masks)
     assert masks.any()
-    last_one = next(i for i in (99, 100) if result["labels"][i] == truth[1][last])
-    torch.testing.assert_close(result["boxes"][last_one], truth[0][last, :4], atol=1e-3, rtol=0)
-    torch.testing.assert_close(result["scores"][last_one], truth[0][last, 4], atol=1e-4, rtol=0)
-    assert torch.equal(result["masks"][last_one], truth[2][last])
 
 
 def test_anchors_have_exact_sizes_at_fixed_strides():
