@@ -180,7 +180,7 @@ def test_strides_do_not_matter():
     torch.testing.assert_close(na2d(q, k, v, 3), expected, atol=0, rtol=0)
     q, k, v = (x.contiguous().transpose(1, 2) for x in (q, k, v))
     torch.testing.assert_close(na2d(q, k, v, 3), expected.transpose(1, 2), atol=1e-6, rtol=0)
-    wider = torch.randn(2, 6, 9, 4, 12, requires_grad=True)  # whose strides are no multiples of 8
+    wider = torch.randn(1, 20, 21, 2, 12, requires_grad=True)  # whose strides are no multiples of 8
     gradients = []
     for backend in BACKENDS:
         q, k, v = wider[..., :8], wider[..., 2:10], wider[..., 4:]
@@ -366,6 +366,7 @@ LAYOUTS = {
     "width first": lambda *s: [torch.randn(s[0], s[2], s[1], *s[3:]).transpose(1, 2) for _ in range(3)],
     "last dimension strided": lambda *s: [torch.randn(*s[:4], 2 * s[4])[..., ::2] for _ in range(3)],
     "mixed": lambda *s: [_packed(*s)[1], torch.randn(s), torch.randn(*s[:3], 2 * s[3], s[4])[:, :, :, ::2]],
+    "parts of wider ones": lambda *s: [torch.randn(*s[:3], 4 * s[3], s[4])[:, :, :, : s[3]] for _ in range(3)],
     "one image of more": lambda *s: [x[: s[0]] for x in _packed(s[0] + 2, *s[1:])],
     "every other image": lambda *s: [x[::2] for x in _packed(2 * s[0], *s[1:])],
 }
