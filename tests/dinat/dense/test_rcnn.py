@@ -1,9 +1,5 @@
 """Mask R-CNN and Cascade Mask R-CNN: the original's detections, targets worked out by hand, losses."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -23,38 +19,32 @@ def tiny(method="mask_rcnn", **kwargs):
     return dinat.dense.create_model(method, backbone="dinat_pico", **dict(backbone_kwargs=PICO) | TINY | kwargs)
 
 
-# The goldens' arithmetic: other kernels of a CPU round otherwise, which moves scores by up to 5e-5 and decides which of
-# two detections is the hundredth.
-ARITHMETIC = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}
-
-
-def test_golden_in_its_arithmetic():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}", "-k", "test_golden["]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ARITHMETIC, check=False)
-    assert "2 passed" in done.stdout, done.stdout
-
-
-@pytest.mark.skipif(not ARITHMETIC.items() <= os.environ.items(), reason="run by test_golden_in_its_arithmetic")
 @pytest.mark.parametrize("method", METHODS)
 def test_golden(original, golden, level_maps, method):
+    """In two halves, since boxes far larger than the image magnify the rounding of convolutions, which differs between
+    CPUs. (With two threads and ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2, the proposals are the same to 2e-5.)
+    """
     model = original(method, level_maps("det/160x224/level{}", 160, 224))
-    expected = {
-        key.partition("/")[2]: value for key, value in golden("detection").items() if key.startswith(f"{method}/")
-    }
-    seen = {}
-    model.rpn.register_forward_hook(lambda module, inputs, output: seen.update(pyramid=inputs[1], proposals=output[0]))
+    prefix = f"{method}/"
+    expected = {key.removeprefix(prefix): value for key, value in golden("detection").items() if key.startswith(prefix)}
+    truth, seen = expected["proposals"][:, :4], {}
+
+    def exchange(module, inputs, output):
+        seen.update(pyramid=inputs[1], proposals=output[0])
+        return [truth], {}
+
+    model.rpn.register_forward_hook(exchange)
     result = model.predict([torch.zeros(3, 150, 210)], [(100, 140)])[0]
     for i, x in enumerate(seen["pyramid"].values()):
         torch.testing.assert_close(x[0].mean((1, 2)), expected[f"fpn{i}_channel_mean"], atol=1e-5, rtol=0)
         torch.testing.assert_close(x[0].mean(0), expected[f"fpn{i}_map_mean"], atol=1e-5, rtol=0)
-    # some are cut from boxes a hundred times as large, of which float32 knows no more
-    torch.testing.assert_close(seen["proposals"][0], expected["proposals"][:, :4], atol=2e-3, rtol=0)
-    boxes, order = expected["boxes_scores"], result["labels"].argsort(stable=True)  # by class, and in it by score
+    torch.testing.assert_close(seen["proposals"][0], truth, atol=2e-3, rtol=0)
+    order = result["labels"].argsort(stable=True)  # by class, and in it by score
     assert result["labels"][order].tolist() == expected["labels"].tolist()
-    torch.testing.assert_close(result["boxes"][order], boxes[:, :4], atol=1e-3, rtol=0)
-    torch.testing.assert_close(result["scores"][order], boxes[:, 4], atol=1e-5, rtol=0)
+    torch.testing.assert_close(result["boxes"][order], expected["boxes_scores"][:, :4], atol=1e-3, rtol=0)
+    torch.testing.assert_close(result["scores"][order], expected["boxes_scores"][:, 4], atol=1e-5, rtol=0)
     masks = np.unpackbits(expected["masks_packed"].numpy())[: 100 * 100 * 140].reshape(100, 100, 140).astype(bool)
-    assert np.array_equal(result["masks"][order].numpy(), masks)
+    assert (result["masks"][order].numpy() != masks).sum() == 0
     assert masks.any()
 
 

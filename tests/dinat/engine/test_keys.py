@@ -25,6 +25,9 @@ TABLE = {
     "engine/test_errors.py::test_unreadable_image_under_the_fail_policy": "data.on_bad_image",
     "engine/test_optim.py::test_layer_decay": "optimizer.layer_decay",
     "engine/test_errors.py::test_unknown_task": "task",
+    "engine/test_tasks.py::test_backbone_data_and_size_are_those_of_the_configuration": (
+        "model.backbone data.kwargs data.eval_transform"
+    ),
     "engine/test_optim.py::test_factors_of_named_parts": "optimizer.lr_scale",
     "engine/test_optim.py::test_length_in_updates": "scheduler.updates scheduler.warmup_updates",
     "engine/test_optim.py::test_milestones_in_epochs_and_in_updates": "scheduler.decay_milestones",

@@ -4,12 +4,14 @@ import csv
 import json
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 import dinat.commands
 import dinat.dense
+from dinat.dense.model import DenseModel
 from dinat.engine import evaluate, train
 from dinat.engine.checkpoint import read_checkpoint
 from dinat.engine.training import Trainer
@@ -139,6 +141,27 @@ def test_killed_and_resumed_is_bit_identical(scenes, tmp_path, monkeypatch, task
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     losses = {read_checkpoint(tmp_path / name / "last.pt")["history"][-1]["train_loss"] for name in ("whole", "killed")}
     assert len(losses) == 1
+
+
+def test_backbone_data_and_size_are_those_of_the_configuration(scenes, tmp_path, monkeypatch):
+    """`model.backbone`, `data.kwargs` and `data.eval_transform`."""
+    sizes, predict = set(), DenseModel.predict
+
+    def spy(self, images, *args):
+        sizes.update(tuple(image.shape) for image in images)
+        return predict(self, images, *args)
+
+    monkeypatch.setattr(DenseModel, "predict", spy)
+    cfg = scenes(
+        "semantic", "model.backbone=test_convnext", "model.kwargs.backbone_kwargs=null", "data.kwargs.scenes=8",
+        "data.eval_transform=[{resize: {shortest: 48}}]", "scheduler.epochs=1", "eval_every=1",
+    )  # fmt: skip
+    train(cfg, tmp_path)
+    assert sizes == {(3, 48, 48)}
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 8 // 4
+    backbone = dinat.dense.create_model(f"local-dir:{tmp_path}").backbone
+    plain = timm.create_model("test_convnext", features_only=True)
+    assert sum(p.numel() for p in backbone.parameters()) == sum(p.numel() for p in plain.parameters())
 
 
 def test_backbone_of_another_task(run, scenes, tmp_path, caplog):
