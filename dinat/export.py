@@ -6,7 +6,9 @@ this package. The image size is fixed, as are the dilations; the batch size stay
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 from pathlib import Path
 from typing import Literal
 
@@ -63,9 +65,10 @@ def _onnx(model: nn.Module, images: Tensor, dynamic_shapes: tuple | None, path: 
     """Write the file, and return what ONNX Runtime makes of `images`."""
     import onnxruntime
 
-    program = torch.onnx.export(
-        model, (images,), dynamo=True, dynamic_shapes=dynamic_shapes, input_names=["images"], verbose=False
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # older onnxscripts print there what they rewrote
+        program = torch.onnx.export(
+            model, (images,), dynamo=True, dynamic_shapes=dynamic_shapes, input_names=["images"], verbose=False
+        )
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return [torch.from_numpy(x).to(images.device) for x in session.run(None, {"images": images.cpu().numpy()})]

@@ -34,7 +34,8 @@ class Shards(ReaderWds):
         return True
 
     def pick(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        key = self.target_key or self.split_info.alt_label
+        own = None if self.target_key == "cls" else self.target_key  # timm's default before it read keys of JSON files
+        key = own or self.split_info.alt_label
         for sample in samples:
             yield from self.drain()
             image = next((sample[ending] for ending in self.input_key.split(";") if ending in sample), None)
