@@ -108,6 +108,8 @@ class Trainer:
         if cfg.runtime.channels_last:
             model = model.to(memory_format=torch.channels_last)
         if cfg.runtime.grad_checkpointing:
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise UserError(f"runtime.grad_checkpointing=true: {cfg.model.name} has none. Set it to false.")
             model.set_grad_checkpointing()
         self.ema = None
         if cfg.ema.decay is not None:
@@ -160,7 +162,8 @@ class Trainer:
                 if self.world.primary and (last or time.monotonic() - drawn > CURVES_EVERY):
                     headline = self.task.headline
                     report.draw_curves(self.run_dir / "curves.png", self.history, headline, self.task.labels[headline])
-                    self.task.draw(self.averaged, self.run_dir)
+                    if not self.sharded:  # where one process alone cannot run the model
+                        self.task.draw(self.averaged, self.run_dir)
                     drawn = time.monotonic()
                 self.stop_if_asked()
         return self.export()
@@ -173,7 +176,7 @@ class Trainer:
         log_every, save_every = self.cfg.runtime.log_every, self.cfg.checkpoint.every_steps
         self.model.train()
         bar = report.Bar(
-            f"epoch {epoch + 1}/{self.epochs}", self.updates, self.cfg.batch_size,
+            f"epoch {epoch + 1}/{self.epochs}", end, self.cfg.batch_size,
             primary=self.world.primary, every=log_every,
         )  # fmt: skip
         with bar:
