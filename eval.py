@@ -3,6 +3,10 @@
 Logs go to stderr; the last line on stdout is the result as JSON.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is loaded; why: dinat/cli.py
+
 import hydra
 from omegaconf import DictConfig
 

@@ -3,6 +3,10 @@
 Without arguments it trains a small DiNAT on handwritten digits. On 8 GPUs: `torchrun --nproc-per-node=8 train.py`.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before PyTorch is loaded; why: dinat/cli.py
+
 import hydra
 from omegaconf import DictConfig
 

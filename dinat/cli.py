@@ -71,12 +71,25 @@ def eval_job(cfg: DictConfig) -> float:
 
 def train() -> None:
     """Console script `dinat-train`."""
+    wait_passively()
     run(hydra.main(version_base="1.3", config_path="pkg://dinat.configs", config_name="train")(train_job))
 
 
 def evaluate() -> None:
     """Console script `dinat-eval`."""
+    wait_passively()
     run(hydra.main(version_base="1.3", config_path="pkg://dinat.configs", config_name="eval")(eval_job))
+
+
+def wait_passively() -> None:
+    """Starts the process anew where OpenMP's threads would spin while they wait for one another.
+
+    That slows small operations down, up to ten times where something else runs on the machine. OpenMP takes its setting
+    when PyTorch is loaded, which has been by now: train.py and eval.py are there before.
+    """
+    if os.name == "posix" and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 @plainly()

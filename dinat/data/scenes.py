@@ -24,7 +24,6 @@ from dinat.errors import UserError
 VALIDATION_SCENES = 128
 VALIDATION_SEED = 0  # fixed: figures of different runs must be about the same scenes
 OPAQUE = 0.5  # a pixel belongs to a digit from this share of its ink on
-VISIBLE = 0.6  # share of a digit that later ones must leave uncovered
 ATTEMPTS = 10  # at a place for a digit, before the scene goes without it
 
 Target = dict[str, Any]
@@ -48,6 +47,7 @@ class DigitScenes(Dataset):
         digits: least and largest number of digits in a scene; fewer where a digit finds no free place.
         digit_size: least and largest side of a digit's square in pixels.
         contrast: least difference in brightness between a digit and what is around it, 0 to 0.5.
+        visible: share of a digit that later ones must leave uncovered.
         scenes: number of training scenes.
         seed: of the training scenes.
 
@@ -59,7 +59,7 @@ class DigitScenes(Dataset):
 
     def __init__(
         self, split: str, *, size: int = 96, digits: Sequence[int] = (2, 4), digit_size: Sequence[int] = (28, 44),
-        contrast: float = 0.4, scenes: int = 4000, seed: int = 0,
+        contrast: float = 0.4, visible: float = 0.6, scenes: int = 4000, seed: int = 0,
     ) -> None:  # fmt: skip
         for name, (least, most) in {"digits": digits, "digit_size": digit_size}.items():
             if not 1 <= least <= most:
@@ -70,9 +70,11 @@ class DigitScenes(Dataset):
             )
         if not 0 <= contrast <= 0.5:
             raise UserError(f"data.contrast={contrast}: give a difference in brightness from 0 to 0.5.")
+        if not 0 < visible <= 1:
+            raise UserError(f"data.visible={visible}: give a share of a digit, above 0 and up to 1.")
         training = split == "train"
         self.split, self.size, self.digits, self.digit_size = split, size, tuple(digits), tuple(digit_size)
-        self.contrast, self.length = contrast, scenes if training else VALIDATION_SCENES
+        self.contrast, self.visible, self.length = contrast, visible, scenes if training else VALIDATION_SCENES
         self.facts = (0, seed) if training else (1, VALIDATION_SEED)
         source = Digits(split)
         self.ink = source.images.astype(np.float32) / 255
@@ -111,7 +113,7 @@ class DigitScenes(Dataset):
                 top, left = random.integers(0, np.subtract(shape, alpha.shape) + 1)
                 place = np.s_[top : top + alpha.shape[0], left : left + alpha.shape[1]]
                 left_over = [mask.sum() - (mask[place] & ink).sum() for mask in masks]
-                if all(rest >= VISIBLE * area for rest, area in zip(left_over, whole, strict=True)):
+                if all(rest >= self.visible * area for rest, area in zip(left_over, whole, strict=True)):
                     break
             else:
                 continue

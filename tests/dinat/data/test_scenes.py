@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from dinat.data.scenes import OPAQUE, VISIBLE, DetectionScenes, PanopticScenes, SemanticScenes, _enlarge
+from dinat.data.scenes import OPAQUE, DetectionScenes, PanopticScenes, SemanticScenes, _enlarge
 from dinat.errors import UserError
 
 SMALL = {"size": 64, "digits": (2, 3), "digit_size": (24, 36)}
@@ -69,15 +69,15 @@ def test_masks_are_what_is_visible_and_boxes_are_around_it(index):
     assert np.array_equal(target["labels"].numpy(), scene.labels)
 
 
-def test_later_digits_cover_earlier_ones_but_not_too_much():
-    scenes = DetectionScenes("train", size=48, digits=(4, 4), digit_size=(24, 24))
+@pytest.mark.parametrize("visible", [0.6, 0.9])
+def test_later_digits_cover_earlier_ones_but_not_too_much(visible):
+    scenes = DetectionScenes("train", size=48, digits=(4, 4), digit_size=(24, 24), visible=visible)
     scenes.ink = scenes.ink[:1]
     whole = (_enlarge(scenes.ink[0], 24) >= OPAQUE).sum()
     shares = [scenes.scene(index).masks.sum((1, 2)) / whole for index in range(30)]
     assert all(share[-1] == 1 for share in shares)
     covered = np.concatenate([share[:-1] for share in shares])
-    assert covered.min() < 1
-    assert covered.min() >= VISIBLE
+    assert visible <= covered.min() < visible + 0.1
 
 
 @pytest.mark.parametrize(("grey", "contrast"), [(128, 0.5), (100, 0.3), (240, 0.4)])
@@ -114,6 +114,7 @@ def test_targets_of_the_tasks_agree():
         ({"digits": (3, 2)}, "data.digits=[3, 2]"),
         ({"digit_size": (0, 9)}, "data.digit_size=[0, 9]"),
         ({"size": 32, "digit_size": (20, 40)}, "data.digit_size=[20, 40]: larger than a scene, data.size=32."),
+        ({"visible": 0.0}, "data.visible=0.0: give a share of a digit, above 0 and up to 1."),
         ({"contrast": 0.7}, "data.contrast=0.7: give a difference in brightness from 0 to 0.5."),
     ],
 )

@@ -1,14 +1,19 @@
 """The entry points in this process: what they return, print and exit with."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from dinat import cli, engine
 from dinat.errors import UserError
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -17,6 +22,7 @@ def called(monkeypatch, capsys):
 
     def called(entry, *arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # else a console script starts its process anew
         capsys.readouterr()
         try:
             entry()
@@ -125,3 +131,36 @@ def test_a_key_that_has_to_be_set(called, tmp_path, monkeypatch):
 def test_names_of_nested_keys():
     assert list(cli.flatten({"a": {"b": {"c": 1}, "d": None}, "e": 2})) == ["a", "a.b", "a.b.c", "a.d", "e"]
     assert {"optimizer.kwargs.eps", "checkpoint.every_steps", "use_ema", "per_class"} <= set(cli.known_keys())
+
+
+@pytest.mark.parametrize(
+    ("start", "users", "expected"),
+    [
+        ("train.py", None, "PASSIVE"),
+        ("eval.py", None, "PASSIVE"),
+        ("dinat.cli.train", None, "PASSIVE"),
+        ("dinat.cli.evaluate", None, "PASSIVE"),
+        ("train.py", "ACTIVE", "ACTIVE"),
+    ],
+)
+def test_threads_wait_passively_unless_the_user_says_otherwise(start, users, expected, tmp_path):
+    """OpenMP reads the variable when PyTorch is loaded: a finder of modules tells what it is the last time."""
+    script = tmp_path / "start.py"
+    call = f"runpy.run_path({str(ROOT / start)!r}, run_name='other')"
+    if not start.endswith(".py"):
+        call = f"import dinat.cli; sys.argv[1:] = ['--version']; {start}()"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path, target=None):\n"
+        "        if name == 'torch':\n"
+        "            print(os.environ.get('OMP_WAIT_POLICY'), flush=True)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        f"{call}\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": users} if users else {}
+    command = [sys.executable, str(script)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    told = [line for line in run.stdout.splitlines() if line in ("None", "ACTIVE", "PASSIVE")]
+    assert told[-1] == expected, run.stderr

@@ -105,7 +105,7 @@ def query_kernel(
     if not GRAD_QUERY:
         first_block, i = i % BLOCKS, i // BLOCKS
     first, group, i = at.locate(i, tiles, dilation, TILE)
-    n = at.group_lengths(lengths, dilation, group)
+    n = at.group_lengths(lengths, dilation, group, WINDOW)
     if not at.inside(first, n):  # a shorter group has no tile here
         return
     q_pos, m_q = at.block(tl.arange(0, BQ), 0, first, n, TILE)
@@ -274,7 +274,7 @@ def key_kernel(
     i = tl.program_id(0)
     i_kv, i = (i % KV_HEADS).to(tl.int64), i // KV_HEADS
     first, group, i = at.locate(i, tiles, dilation, TILE)
-    n = at.group_lengths(lengths, dilation, group)
+    n = at.group_lengths(lengths, dilation, group, WINDOW)
     if not at.inside(first, n):  # a shorter group has no tile here
         return
     k_pos, m_k = at.block(tl.arange(0, BK), 0, first, n, TILE)

@@ -71,7 +71,7 @@ def forward_kernel(
     i = tl.program_id(0)
     i_head, i = (i % HEADS).to(tl.int64), i // HEADS
     first, group, i = at.locate(i, tiles, dilation, TILE)
-    n = at.group_lengths(lengths, dilation, group)
+    n = at.group_lengths(lengths, dilation, group, WINDOW)
     if not at.inside(first, n):  # a shorter group has no tile here
         return
     q_pos, m_q = at.block(tl.arange(0, BQ), 0, first, n, TILE)

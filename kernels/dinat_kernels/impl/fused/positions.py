@@ -29,12 +29,20 @@ def locate(i, tiles, dilation, TILE: tl.constexpr):
 
 
 @triton.jit
-def group_lengths(lengths, dilation, group):
+def _group_length(lengths, dilation, group, WINDOW: tl.constexpr, A: tl.constexpr):
+    n = (lengths[A] - group[A] + dilation[A] - 1) // dilation[A]
+    if WINDOW[4 * A + 3]:
+        n = WINDOW[4 * A]
+    return n
+
+
+@triton.jit
+def group_lengths(lengths, dilation, group, WINDOW: tl.constexpr):
     """Tokens of the group on every axis."""
     return (
-        (lengths[0] - group[0] + dilation[0] - 1) // dilation[0],
-        (lengths[1] - group[1] + dilation[1] - 1) // dilation[1],
-        (lengths[2] - group[2] + dilation[2] - 1) // dilation[2],
+        _group_length(lengths, dilation, group, WINDOW, 0),
+        _group_length(lengths, dilation, group, WINDOW, 1),
+        _group_length(lengths, dilation, group, WINDOW, 2),
     )
 
 
