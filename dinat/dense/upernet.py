@@ -95,6 +95,11 @@ class UPerNet(DenseModel):
         return [head for head in (self.network.decode_head, self.network.auxiliary_head) if head is not None]
 
     def losses(self, batch: Tensor, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        if len(batch) == 1:
+            raise UserError(
+                "upernet is trained on two images or more at a time, for the batch norm of its pooled maps: batch_size "
+                "must be at least twice the number of processes times runtime.grad_accum."
+            )
         size = batch.shape[-2:]
         truth = torch.stack([pad_to(target["semantic"].long(), *size, value=IGNORED) for target in targets])
         maps = self.network.backbone(batch).feature_maps

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -259,6 +259,8 @@ class Trainer:
 
     def evaluate(self, label: str) -> Scores:
         """Scores on the validation split."""
+        if self.world.size > 1:
+            distribute_bn(self.averaged, self.world.size)  # running statistics are of rank 0, as in what is saved
         total = len(self.val_loader) if not isinstance(self.val_loader.dataset, IterableDataset) else None
         with report.Bar(label, total, self.cfg.eval_batch_size * self.world.size, primary=self.world.primary) as bar:
             return measure(self.task, self.averaged, self.val_loader, lockstep=self.lockstep, tick=bar.advance)

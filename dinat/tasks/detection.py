@@ -26,4 +26,5 @@ class Detection(DenseTask):
     readers: ClassVar = {"digit_scenes": DetectionScenes, "coco": CocoObjects}
 
     def metric(self, confusion: bool = False) -> DetectionMetric:
-        return DetectionMetric(self.classes, masks=getattr(self.val_set, "masks", True))
+        masks = self.arguments().get("masks", True)  # whether the model has any
+        return DetectionMetric(self.classes, masks=masks and getattr(self.val_set, "masks", True))

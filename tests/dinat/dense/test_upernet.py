@@ -149,6 +149,8 @@ def test_bad_arguments():
     with pytest.raises(UserError, match=r"auxiliary_channels=8: the auxiliary head takes the third feature map, which"):
         tiny(backbone_kwargs=two)
     assert tiny(backbone_kwargs=two, auxiliary_channels=0).backbone.features.strides == [4, 8]
+    with pytest.raises(UserError, match=r"two images or more at a time, .* batch_size must be at least twice"):
+        tiny().train()([torch.zeros(3, 32, 32)], [{"semantic": torch.zeros(32, 32)}])
     with pytest.raises(TypeError, match=r"predict\(\) of upernet takes no threshold"):
         tiny().eval().predict([torch.zeros(3, 32, 32)], threshold=0.5)
 

@@ -149,6 +149,31 @@ def tiny(compose: Callable[..., DictConfig], command_line: list[str]) -> Callabl
     return tiny
 
 
+# a tiny model for each task of dense prediction
+BACKBONE = "backbone_kwargs: {embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1]}"
+DENSE_KWARGS = {
+    "detection": "fpn_channels: 8, box_channels: 16, mask_channels: 8, roi_samples: 16, rpn_samples: 32, "
+    "rpn_top_train: 20, rpn_top: 20, rpn_keep_train: 20, rpn_keep: 10, detections: 5, score_threshold: 0.0",
+    "semantic": "channels: 8, auxiliary_channels: 8",
+    "panoptic": "width: 64, heads: 2, encoder_layers: 1, decoder_layers: 2, encoder_mlp: 32, decoder_mlp: 32, "
+    "queries: 8, points: 64, object_threshold: 0.0",
+}
+
+
+@pytest.fixture(scope="session")
+def scenes(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """The training configuration of a task with a tiny model on 12 scenes of 32 pixels, with overrides."""
+
+    def scenes(task: str, *overrides: str) -> DictConfig:
+        return compose(
+            f"task={task}", f"++model.kwargs={{{DENSE_KWARGS[task]}, {BACKBONE}}}", "data.img_size=32",
+            "++data.kwargs={digits: [1, 2], digit_size: [12, 20], scenes: 12}", "batch_size=4", "eval_batch_size=32",
+            "scheduler.epochs=2", "scheduler.warmup_epochs=0", "eval_every=2", "runtime.device=cpu", *overrides,
+        )  # fmt: skip
+
+    return scenes
+
+
 @pytest.fixture(scope="session")
 def evaluation(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
     """The evaluation configuration, with overrides."""

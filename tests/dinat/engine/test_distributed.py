@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+import dinat.data.scenes
 from dinat.distributed import join
 from dinat.engine import evaluate, train
 
@@ -20,12 +21,15 @@ STILL = (*PLAIN, "optimizer.lr=0", "scheduler.warmup_lr=0", "scheduler.min_lr=0"
 MIXED = ("augment=imagenet", "model.drop_path_rate=0.2", "ema.decay=0.8", "runtime.workers=1")
 
 
+DENSE = ("detection", "semantic", "panoptic")
+
+
 def weights(run):
     return load_file(run / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def two(tiny, trained, evaluation, python, tmp_path_factory, digits_folder):
+def two(tiny, trained, scenes, evaluation, python, tmp_path_factory, digits_folder):
     """Runs all jobs on two processes; returns their results by job, one per process, and the folder of the runs."""
     output = tmp_path_factory.mktemp("two")
     configurations = {
@@ -39,6 +43,10 @@ def two(tiny, trained, evaluation, python, tmp_path_factory, digits_folder):
         "facts": ("facts", tiny("seed=7", "runtime.grad_accum=2")),
         "eval": ("eval", evaluation(f"checkpoint={trained[0]}", f"output={output}", "per_class=true")),
     }
+    for task in DENSE:
+        configurations[task] = ("train", scenes(task, "augment=dense", "batch_size=8", "runtime.grad_accum=2"))
+        figures = (f"checkpoint={output}/{task}", f"output={output}/of_{task}", "per_class=true")
+        configurations[f"eval_{task}"] = ("eval", evaluation(*figures))
     jobs = {
         name: {"kind": kind, "cfg": OmegaConf.to_container(cfg, resolve=True)}
         for name, (kind, cfg) in configurations.items()
@@ -51,7 +59,7 @@ def two(tiny, trained, evaluation, python, tmp_path_factory, digits_folder):
     return results, output
 
 
-@pytest.mark.parametrize("job", ["ddp", "mixed", "fsdp", "sharded_mixed"])
+@pytest.mark.parametrize("job", ["ddp", "mixed", "fsdp", "sharded_mixed", *DENSE])
 def test_processes_end_with_equal_weights(two, job):
     first, second = two[0][job]
     assert first == second
@@ -70,7 +78,7 @@ def test_the_number_of_processes_does_not_matter(two, tiny, tmp_path, job):
     assert alone.keys() == together.keys()
     for name in alone:
         torch.testing.assert_close(together[name], alone[name], rtol=2e-3, atol=5e-5)
-    assert results[job][0]["top1"] == pytest.approx(top1, abs=100 / 37 + 1e-6)  # one image on the fence at most
+    assert results[job][0]["score"] == pytest.approx(top1, abs=100 / 37 + 1e-6)  # one image on the fence at most
 
 
 def test_parameters_are_sharded_under_fsdp(two):
@@ -121,7 +129,7 @@ def test_processes_draw_from_different_facts(two):
 def test_sharded_training_exports_a_whole_model(two, evaluation, tmp_path):
     results, output = two
     result = evaluate(evaluation(f"checkpoint={output}/sharded_mixed", f"output={tmp_path}"))
-    assert result["top1"] == pytest.approx(results["sharded_mixed"][0]["top1"], abs=100 / 37 + 1e-6)
+    assert result["top1"] == pytest.approx(results["sharded_mixed"][0]["score"], abs=100 / 37 + 1e-6)
     assert result["count"] == 37
 
 
@@ -134,6 +142,21 @@ def test_evaluation_is_exact(two, trained, evaluation, tmp_path):
         assert (result["top1"], result["top5"]) == (alone["top1"], alone["top5"])
         assert result["loss"] == pytest.approx(alone["loss"], abs=2e-6)
     assert (output / "per_class.csv").read_text() == (tmp_path / "per_class.csv").read_text()
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_figures_of_dense_prediction_are_exact(two, evaluation, tmp_path, monkeypatch, task):
+    """Seven scenes on two processes: the figures of one, which are not those of eight."""
+    results, output = two
+    monkeypatch.setattr(dinat.data.scenes, "VALIDATION_SCENES", 7)
+    alone = evaluate(evaluation(f"checkpoint={output}/{task}", f"output={tmp_path}", "per_class=true"))
+    figures = {name: value for name, value in alone.items() if isinstance(value, float)}
+    assert len(figures) > 1
+    for rank, result in enumerate(results[f"eval_{task}"]):
+        assert (result["task"], result["count"], result["skipped"]) == (task, 7, 0)
+        assert {name: result[name] for name in figures} == pytest.approx(figures, abs=2e-3, nan_ok=True)
+        assert results[task][rank]["score"] == pytest.approx(next(iter(figures.values())), abs=2e-3)
+    assert (output / f"of_{task}" / "per_class.csv").exists()
 
 
 def test_a_run_of_two_processes_continues_on_one(two, tiny, tmp_path):

@@ -17,32 +17,11 @@ from dinat.engine.checkpoint import read_checkpoint
 from dinat.engine.training import Trainer
 from dinat.errors import UserError
 
-BACKBONE = "backbone_kwargs: {embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1]}"
-KWARGS = {
-    "detection": "fpn_channels: 8, box_channels: 16, mask_channels: 8, roi_samples: 16, rpn_samples: 32, "
-    "rpn_top_train: 20, rpn_top: 20, rpn_keep_train: 20, rpn_keep: 10, detections: 5, score_threshold: 0.0",
-    "semantic": "channels: 8, auxiliary_channels: 8",
-    "panoptic": "width: 64, heads: 2, encoder_layers: 1, decoder_layers: 2, encoder_mlp: 32, decoder_mlp: 32, "
-    "queries: 8, points: 64, object_threshold: 0.0",
-}
+TASKS = ("detection", "semantic", "panoptic")
 HEADLINES = {"detection": "box_ap", "semantic": "miou", "panoptic": "pq"}
 
 
-@pytest.fixture(scope="module")
-def scenes(compose):
-    """The training configuration of a task with a tiny model on 12 scenes of 32 pixels, with overrides."""
-
-    def scenes(task, *overrides):
-        return compose(
-            f"task={task}", f"++model.kwargs={{{KWARGS[task]}, {BACKBONE}}}", "data.img_size=32",
-            "++data.kwargs={digits: [1, 2], digit_size: [12, 20], scenes: 12}", "batch_size=4", "eval_batch_size=32",
-            "scheduler.epochs=2", "scheduler.warmup_epochs=0", "eval_every=2", "runtime.device=cpu", *overrides,
-        )  # fmt: skip
-
-    return scenes
-
-
-@pytest.fixture(scope="module", params=KWARGS)
+@pytest.fixture(scope="module", params=TASKS)
 def run(request, scenes, tmp_path_factory):
     """A finished run of each task: its folder, and the figure that training returned."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -116,7 +95,7 @@ def test_predict_writes_pictures_and_results(run, tmp_path, monkeypatch, capsys)
         assert (labels.size, labels.mode) == ((40, 28), "L")
 
 
-@pytest.mark.parametrize("task", KWARGS)
+@pytest.mark.parametrize("task", TASKS)
 def test_killed_and_resumed_is_bit_identical(scenes, tmp_path, monkeypatch, task):
     """The kill is in the second epoch, an update after a checkpoint."""
     cfg = scenes(task, "checkpoint.every_steps=1", "augment=dense", "eval_every=3")
@@ -141,6 +120,48 @@ def test_killed_and_resumed_is_bit_identical(scenes, tmp_path, monkeypatch, task
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     losses = {read_checkpoint(tmp_path / name / "last.pt")["history"][-1]["train_loss"] for name in ("whole", "killed")}
     assert len(losses) == 1
+
+
+@pytest.fixture
+def drawn_alike(monkeypatch):
+    """What heads draw does not depend on how many images there are at a time, and there is no batch norm."""
+    rand, randperm = torch.rand, torch.randperm
+
+    def first_of_all(count, *shape, **other):
+        return rand(1, *shape, generator=torch.Generator().manual_seed(7)).expand(count, *shape).clone()
+
+    def in_order(count, generator=None, **other):
+        return torch.arange(count, **other) if generator is None else randperm(count, generator=generator, **other)
+
+    monkeypatch.setattr(torch, "rand", first_of_all)
+    monkeypatch.setattr(torch, "randperm", in_order)
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", lambda self, x: x * self.weight[:, None, None])
+
+
+# Heads divide by the number of what they compare, of the images that they are given: here each image has as many.
+EQUAL = {
+    "detection": "++model.kwargs.masks=false ++model.kwargs.rpn_samples=8 ++model.kwargs.roi_samples=4",
+    "semantic": "++model.kwargs.dropout=0.0",
+    "panoptic": "data.kwargs.digits=[1,1]",
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_batches_of_4_are_one_of_8(scenes, tmp_path, drawn_alike, task):
+    """`runtime.grad_accum`: one step of SGD, so that weights tell gradients."""
+    weights = {}
+    for parts in (1, 2):
+        cfg = scenes(
+            task, "batch_size=8", f"runtime.grad_accum={parts}", "scheduler.epochs=1", "optimizer=sgd",
+            "optimizer.lr=0.01", "optimizer.clip_grad=null", "eval_every=9", *EQUAL[task].split(),
+        )  # fmt: skip
+        train(cfg, tmp_path / str(parts))
+        weights[parts] = load_file(tmp_path / str(parts) / "model.safetensors")
+    before = dinat.dense.create_model(f"local-dir:{tmp_path}/1").state_dict()
+    moved = [name for name, tensor in weights[1].items() if not torch.equal(tensor, before[name])]
+    assert len(moved) > len(before) / 2
+    for name, tensor in weights[1].items():
+        torch.testing.assert_close(weights[2][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_backbone_data_and_size_are_those_of_the_configuration(scenes, tmp_path, monkeypatch):
