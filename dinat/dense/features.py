@@ -64,6 +64,12 @@ class Features(nn.Module):
         add_norm = stage_norm and not has_norm
         self.norms = nn.ModuleList(LayerNorm2d(width, eps=1e-5) for width in self.channels) if add_norm else None
 
+    @property
+    def timm_model(self) -> tuple[str, nn.Module]:
+        """What its parameters' names begin with here, and the model; timm's extractor where that took it apart."""
+        whole = hasattr(self.model, "model")
+        return ("model.model.", self.model.model) if whole else ("model.", self.model)
+
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.model(images)
         if self.channels_last:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinat.errors import UserError
+
+from .features import Features
 
 Target = dict[str, Any]
 
@@ -53,6 +56,44 @@ class DenseModel(nn.Module):
     def backbone(self) -> nn.Module:
         """The module that holds all parameters of the backbone."""
         raise NotImplementedError
+
+    def timm_model(self) -> tuple[str, nn.Module]:
+        """The backbone's timm model, and what the names of its parameters begin with."""
+        ((path, features),) = ((name, part) for name, part in self.named_modules() if isinstance(part, Features))
+        prefix, model = features.timm_model
+        return f"{path}.{prefix}", model
+
+    def no_weight_decay(self) -> set[str]:
+        """What the backbone does not want decayed, as of timm's models."""
+        prefix, model = self.timm_model()
+        return {prefix + name for name in getattr(model, "no_weight_decay", set)()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's layers, for timm's layer decay; neck and head come after the last one.
+
+        Raises:
+            UserError: timm does not know the layers of this backbone once it gives feature maps.
+        """
+        prefix, model = self.timm_model()
+        if not hasattr(model, "group_matcher"):
+            raise UserError(
+                f"optimizer.layer_decay: timm tells no layers of {type(model).__name__}, as which this backbone gives "
+                "feature maps. Use optimizer.lr_scale={backbone: 0.1} instead."
+            )
+        begin = "^" + re.escape(prefix)
+        return {
+            group: rule.replace("^", begin)
+            if isinstance(rule, str)
+            else [(expression.replace("^", begin), place) for expression, place in rule]
+            for group, rule in model.group_matcher(coarse=coarse).items()
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Activations within the backbone are computed again in the backward pass."""
+        _, model = self.timm_model()
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise UserError(f"runtime.grad_checkpointing=true: {type(model).__name__} has none. Set it to false.")
+        model.set_grad_checkpointing(enable)
 
     def losses(self, batch: Tensor, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses of the padded `batch` of `images`."""

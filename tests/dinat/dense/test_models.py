@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from fnmatch import fnmatch
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torchvision import tv_tensors
 
 import dinat.dense
@@ -222,3 +225,43 @@ def test_upernet_exports_to_onnx(tmp_path):
     small = dict(stem_stride=4, depths=(1, 1), num_heads=(1, 2))
     model = tiny("upernet", backbone_kwargs=small, auxiliary_channels=0, pool_scales=(1, 2))
     assert export(model, torch.randn(1, 3, 32, 64), tmp_path / "model.onnx", dynamic_batch=False) < TOLERANCE
+
+
+def test_layers_and_decay_are_those_of_the_backbone(method):
+    """As timm has them for the backbone as a classifier, whose head the dense one stands for."""
+    model, plain = tiny(method), timm.create_model("dinat_pico", **PICO)
+    prefix, inner = model.timm_model()
+    spared = {name for name, _ in model.named_parameters() for rule in model.no_weight_decay() if fnmatch(name, rule)}
+    assert spared == {f"{prefix}levels.{level}.blocks.0.attn.rpb" for level in range(3)}
+
+    def scales(of):
+        names = {parameter: name for name, parameter in of.named_parameters()}
+        groups = param_groups_layer_decay(of, layer_decay=0.5)
+        return {names[parameter]: group["lr_scale"] for group in groups for parameter in group["params"]}
+
+    expected, found = scales(plain), scales(model)
+    backbone = {name for name, _ in inner.named_parameters()} & expected.keys()
+    assert len({expected[name] for name in backbone}) > 3
+    assert {name: found[prefix + name] for name in backbone} == {name: expected[name] for name in backbone}
+    assert {scale for name, scale in found.items() if not name.startswith(prefix)} == {1.0}
+
+
+def test_grad_checkpointing_changes_nothing_but_memory(method):
+    model = tiny(method).train()
+    for part in model.modules():
+        if isinstance(part, torch.nn.BatchNorm2d | torch.nn.Dropout):
+            part.eval()
+    objects = [target(40, 64, (2, 3, 30, 33)), target(64, 33, (5, 5, 25, 30))]
+    losses = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        assert {level.grad_checkpointing for level in model.timm_model()[1].levels} == {enable}
+        torch.manual_seed(0)
+        losses.append(sum(model(IMAGES, objects).values()))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+
+
+def test_a_backbone_that_timm_takes_apart_has_no_layers():
+    with pytest.raises(UserError, match=r"optimizer\.layer_decay: timm tells no layers of FeatureListNet"):
+        tiny("upernet", backbone="test_convnext", backbone_kwargs=None).group_matcher()
