@@ -104,3 +104,17 @@ def test_host_overhead():
     command = [sys.executable, ROOT / "benchmarks" / "host_overhead.py"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert [line.split()[0] for line in printed.splitlines()] == ["addition", "inference", "autograd"]
+
+
+def test_picture_of_dense_runs(tmp_path):
+    """Of each run the first rows, half as large."""
+    for name, shade in {"first": 100, "second": 200}.items():
+        (tmp_path / name).mkdir()
+        sheet = Image.new("RGB", (976, 20 + 2 * 328), (shade, shade, shade))
+        sheet.paste((0, 0, 0), (0, 20 + 328, 976, 20 + 2 * 328))  # the second row
+        sheet.save(tmp_path / name / "predictions.png")
+    run("dense_picture", tmp_path / "first", tmp_path / "second", "--rows", 1, "--output", tmp_path / "both.png")
+    both = Image.open(tmp_path / "both.png")
+    assert both.size == (976 + 12, 174)
+    assert [both.getpixel((x, 150)) for x in (100, 600)] == [(100,) * 3, (200,) * 3]
+    assert {both.getpixel((x, 173)) for x in (100, 600)} == {(100,) * 3, (200,) * 3}

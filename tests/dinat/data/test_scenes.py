@@ -69,6 +69,16 @@ def test_masks_are_what_is_visible_and_boxes_are_around_it(index):
     assert np.array_equal(target["labels"].numpy(), scene.labels)
 
 
+@pytest.mark.parametrize(("digits", "side"), [(1, 16), (3, 12)])
+def test_number_and_size_of_digits(digits, side):
+    scenes = DetectionScenes("train", size=64, digits=(digits, digits), digit_size=(side, side), visible=0.1)
+    scenes.ink = np.ones((1, 8, 8), np.float32)
+    for index in range(10):
+        areas = scenes[index][1]["area"]
+        assert len(areas) == digits
+        assert areas.max() == side**2
+
+
 @pytest.mark.parametrize("visible", [0.6, 0.9])
 def test_later_digits_cover_earlier_ones_but_not_too_much(visible):
     scenes = DetectionScenes("train", size=48, digits=(4, 4), digit_size=(24, 24), visible=visible)

@@ -262,6 +262,12 @@ def test_grad_checkpointing_changes_nothing_but_memory(method):
     torch.testing.assert_close(*losses)
 
 
+def test_a_backbone_without_checkpointing_says_so(monkeypatch):
+    monkeypatch.delattr(dinat.models.NAT, "set_grad_checkpointing")
+    with pytest.raises(UserError, match=r"runtime\.grad_checkpointing=true: NAT has none\. Set it to false"):
+        tiny("upernet").set_grad_checkpointing()
+
+
 def test_a_backbone_that_timm_takes_apart_has_no_layers():
     with pytest.raises(UserError, match=r"optimizer\.layer_decay: timm tells no layers of FeatureListNet"):
         tiny("upernet", backbone="test_convnext", backbone_kwargs=None).group_matcher()

@@ -39,6 +39,22 @@ def test_a_group_chosen_on_the_command_line_wins(compose):
     assert (cfg.data.name, cfg.optimizer.lr, cfg.batch_size) == ("digits", 1, 1024)
 
 
+@pytest.mark.parametrize(
+    ("task", "model", "data"),
+    [
+        ("detection", "mask_rcnn", "coco"),
+        ("detection", "cascade_mask_rcnn", "coco"),
+        ("semantic", "upernet", "masks"),
+        ("panoptic", "mask2former", "coco_panoptic"),
+        ("panoptic", "oneformer", "coco_panoptic"),
+    ],
+)
+def test_data_and_models_of_ones_own_inherit_nothing_from_the_scenes(compose, task, model, data):
+    cfg = compose(f"task={task}", f"model={model}", f"data={data}")
+    assert (cfg.model.name, cfg.model.kwargs, cfg.model.drop_path_rate) == (model, {}, None)
+    assert (cfg.data.kwargs, cfg.data.img_size) == ({}, None)
+
+
 def test_every_folder_is_a_package():
     folders = {path.parent for path in CONFIGS.rglob("*.yaml")}
     assert all((folder / "__init__.py").is_file() for folder in folders)

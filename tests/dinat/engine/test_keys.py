@@ -57,6 +57,8 @@ TABLE = {
     "engine/test_update.py::test_loss_and_step": "augment.smoothing optimizer.lr runtime.dtype runtime.grad_accum",
     "engine/test_update.py::test_model_by_name_and_arguments": "model.kwargs model.name",
     "engine/test_update.py::test_seed": "seed",
+    "data/test_scenes.py::test_number_and_size_of_digits": "data.kwargs.digits data.kwargs.digit_size",
+    "data/test_scenes.py::test_later_digits_cover_earlier_ones_but_not_too_much": "data.kwargs.visible",
     "data/test_inputs.py::test_colours": "augment.transform.auto_augment augment.transform.color_jitter",
     "data/test_inputs.py::test_cutmix": "augment.mixup.cutmix_alpha",
     "data/test_inputs.py::test_erasing": "augment.erasing.mode",

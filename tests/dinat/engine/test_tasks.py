@@ -216,7 +216,6 @@ def test_backbone_of_another_task(run, scenes, tmp_path, caplog):
         ("panoptic", "++augment.transform=[{flop: {}}]", r"augmentation: no step flop\..*Did you mean flip"),
         ("semantic", "++augment.transform=3", r"augment\.transform=3: must be a list of steps"),
         ("semantic", "data.exif_transpose=true", r"data\.exif_transpose=true: not for dense prediction"),
-        ("semantic", "runtime.grad_checkpointing=true", r"runtime\.grad_checkpointing=true: upernet has none"),
         ("semantic", "model.num_classes=3", r"class counts differ: the data set 11, model\.num_classes 3"),
     ],
 )
