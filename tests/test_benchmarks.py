@@ -106,15 +106,16 @@ def test_host_overhead():
     assert [line.split()[0] for line in printed.splitlines()] == ["addition", "inference", "autograd"]
 
 
-def test_picture_of_dense_runs(tmp_path):
-    """Of each run the first rows, half as large."""
-    for name, shade in {"first": 100, "second": 200}.items():
-        (tmp_path / name).mkdir()
-        sheet = Image.new("RGB", (976, 20 + 2 * 328), (shade, shade, shade))
-        sheet.paste((0, 0, 0), (0, 20 + 328, 976, 20 + 2 * 328))  # the second row
-        sheet.save(tmp_path / name / "predictions.png")
-    run("dense_picture", tmp_path / "first", tmp_path / "second", "--rows", 1, "--output", tmp_path / "both.png")
-    both = Image.open(tmp_path / "both.png")
-    assert both.size == (976 + 12, 174)
-    assert [both.getpixel((x, 150)) for x in (100, 600)] == [(100,) * 3, (200,) * 3]
-    assert {both.getpixel((x, 173)) for x in (100, 600)} == {(100,) * 3, (200,) * 3}
+def test_jobs_of_dense_prediction(tmp_path):
+    """A tiny one: rows are what the run's summary says; the picture has its first scene, half as large."""
+    output, sheet = tmp_path / "dense.csv", tmp_path / "dense.png"
+    tiny = ["scheduler.epochs=1", "scheduler.warmup_epochs=0", "+data.kwargs.scenes=16", "runtime.device=cpu"]
+    paths = ["--runs", tmp_path, "--picture", sheet, "--output", output]
+    run("dense_jobs", "--tasks", "semantic", "--rows", 1, *paths, "--overrides", *tiny)
+    summary = read(tmp_path / "semantic" / "summary.csv")[-1]
+    rows = {row["figure"]: row for row in read(output)}
+    assert rows.keys() == {"miou", "pixel_accuracy"}
+    assert {row["updates"] for row in rows.values()} == {"1"}
+    for name, row in rows.items():
+        assert float(row["value"]) == pytest.approx(float(summary[f"val_{name}"]), rel=1e-3)
+    assert Image.open(sheet).size == (976 // 2, (20 + 328) // 2)

@@ -25,8 +25,9 @@ from dinat.visualize import draw
 def predict_dense(files: list[Path], folder: str, output: Path, exif_transpose: bool, errors: Console) -> int:
     """Writes what the model of a folder finds in images; returns how many could not be read, once they are named.
 
-    For each image there is a picture NAME.png; beside them detections.json (COCO's records, images by their number),
-    panoptic.json with a folder of PNG files, or, of semantic maps, NAME_labels.png, whose pixels are labels.
+    For each image there is a picture NAME.png; beside them detections.json (COCO's records, images by their number,
+    classes by the ids of the training data), panoptic.json with a folder of PNG files, or, of semantic maps,
+    NAME_labels.png, whose pixels are labels.
 
     Raises:
         UserError: for images of the same name, whose results would overwrite each other.
@@ -53,7 +54,7 @@ def predict_dense(files: list[Path], folder: str, output: Path, exif_transpose: 
             labels = prediction["semantic"].numpy().astype(np.uint8)
             write_image(output / f"{name}_labels.png", Image.fromarray(labels))
         found.append((file, prediction))
-    ids = range(len(classes))
+    ids = described.get("category_ids", range(len(classes)))
     if described["task"] == "detection":
         write_detections(output / "detections.json", ((i, one) for i, (_, one) in enumerate(found)), ids)
     if described["task"] == "panoptic":

@@ -22,7 +22,8 @@ def save(model: nn.Module, described: Mapping[str, Any], folder: Path) -> None:
 
     Args:
         described: what config.json says: `task`; `model`, with `name`, `backbone` and `kwargs` of
-            `dinat.dense.create_model`; `num_classes`, `label_names` and `preprocessing`.
+            `dinat.dense.create_model`; `num_classes`, `label_names`, `category_ids` (the training data's id of each
+            class) and `preprocessing`.
     """
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     content = to_bytes(state, metadata={"format": "pt"})  # its save_file makes files that only their owner can read

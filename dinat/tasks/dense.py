@@ -181,6 +181,7 @@ class DenseTask(Task):
             "model": section,
             "num_classes": self.num_classes,
             "label_names": self.classes,
+            "category_ids": list(getattr(self.train_set, "category_ids", range(self.num_classes))),
             "preprocessing": {**self.preprocessing, "transform": to_list(self.data["eval_transform"], "")},
         }
         dense.save(model, described, folder)

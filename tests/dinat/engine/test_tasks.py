@@ -95,6 +95,37 @@ def test_predict_writes_pictures_and_results(run, tmp_path, monkeypatch, capsys)
         assert (labels.size, labels.mode) == ((40, 28), "L")
 
 
+def test_ids_of_the_data_come_back_in_the_results(scenes, tmp_path, monkeypatch):
+    """COCO's numbers of the classes have gaps and are in no order."""
+    for split in ("train", "validation"):
+        (tmp_path / split).mkdir()
+        names = [f"{index}.png" for index in range(4)]
+        for name in names:
+            Image.new("RGB", (32, 32), "gray").save(tmp_path / split / name)
+        content = {
+            "images": [{"id": i, "file_name": name, "height": 32, "width": 32} for i, name in enumerate(names)],
+            "annotations": [
+                {"id": i, "image_id": i, "category_id": (90, 7)[i % 2], "bbox": [4, 4, 20, 20], "area": 400,
+                 "iscrowd": 0, "segmentation": [[4, 4, 24, 4, 24, 24, 4, 24]]} for i in range(4)
+            ],
+            "categories": [{"id": 90, "name": "bee"}, {"id": 7, "name": "ant"}],
+        }  # fmt: skip
+        (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(content))
+    cfg = scenes("detection", "data=coco", f"data.root={tmp_path}", "++data.kwargs=null", "scheduler.epochs=1")
+    train(cfg, tmp_path / "run")
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    names = dict(zip(described["category_ids"], described["label_names"], strict=True))
+    assert names == {90: "bee", 7: "ant"}
+    arguments = ["dinat", "predict", "train", "--model", "local-dir:run", "--output", "found"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        dinat.commands.main()
+    assert not stop.value.code
+    records = json.loads((tmp_path / "found" / "detections.json").read_text())
+    assert {record["category_id"] for record in records} == {90, 7}
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_killed_and_resumed_is_bit_identical(scenes, tmp_path, monkeypatch, task):
     """The kill is in the second epoch, an update after a checkpoint."""
