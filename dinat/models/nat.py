@@ -621,17 +621,8 @@ def dinat_pico(pretrained: bool = False, **kwargs) -> NAT:
 
 @register_model
 def dinat_pico_patch4(pretrained: bool = False, **kwargs) -> NAT:
-    """For dense prediction on small images, with the strides 4, 8, 16 and 32 that heads expect; ours, not published."""
-    model_args = dict(
-        img_size=96,
-        embed_dim=32,
-        depths=(2, 2, 4, 2),
-        num_heads=(1, 2, 4, 8),
-        mlp_ratio=3.0,
-        kernel_size=3,
-        dilations="max",
-    )
-    return create_nat("dinat_pico_patch4", pretrained, **dict(model_args, **kwargs))
+    """For dense prediction on small images: dinat_pico at the strides 4, 8 and 16; ours, not published."""
+    return dinat_pico(pretrained, **dict(dict(img_size=96, stem_stride=4), **kwargs))
 
 
 @register_model
