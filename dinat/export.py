@@ -16,6 +16,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from dinat import dense
 from dinat.errors import UserError, nearest
 
 TOLERANCE = 1e-4  # largest difference between the outputs of a model and of its export, float32
@@ -25,8 +26,7 @@ def export(model: nn.Module, images: Tensor, path: str | Path, *, dynamic_batch:
     """Write `model` to `path`, and run what was written.
 
     Args:
-        model: a model of this package, its `features_only` form, or a UPerNet of `dinat.dense`; it runs in evaluation
-            mode. The detectors there do not export: how many proposals they have depends on the image.
+        model: a model of this package, its `features_only` form, or one of `dinat.dense`; it runs in evaluation mode.
         images: an example (batch, channels, height, width) in the dtype and on the device of the model.
         path: ends in ".onnx" (for ONNX Runtime and others) or ".pt2" (compiled by AOTInductor for this kind of machine,
             which takes a C++ compiler here; `torch._inductor.aoti_load_package` loads it).
@@ -36,9 +36,11 @@ def export(model: nn.Module, images: Tensor, path: str | Path, *, dynamic_batch:
         The largest absolute difference between the outputs of `model` and of what was written, for `images`.
 
     Raises:
-        UserError: another ending, or packages that ONNX needs are missing.
+        UserError: another ending, packages that ONNX needs are missing, or a detector, which cannot be exported.
     """
     path = Path(path)
+    if reason := getattr(model, "not_exported", ""):
+        raise UserError(f"{type(model).__name__} cannot be exported: {reason}.")
     if path.suffix not in (".onnx", ".pt2"):
         raise UserError(f"path={path}: must end in .onnx or .pt2.")
     if path.suffix == ".onnx":
@@ -93,15 +95,25 @@ def command(
     """Write MODEL for another runtime, and compare what was written with it.
 
     MODEL is a name as in `dinat list`, or local-dir:RUN for a run folder. The file is MODEL.FORMAT unless --output is
-    given. A size other than the model's own (--img-size HEIGHT WIDTH) recomputes the dilations.
+    given. A size other than the model's own (--img-size HEIGHT WIDTH) recomputes the dilations; models for dense
+    prediction have none of their own, and are exported for this size and the batch size (2 unless given).
     """
     if not model.startswith("local-dir:") and not timm.is_model(model):
         raise UserError(f"{model}: no such model.{nearest(model, timm.list_models())}")
     path = output or Path(f"{Path(model.removeprefix('local-dir:')).name}.{format}")
-    size = {} if img_size is None else {"img_size": img_size}
-    network = timm.create_model(model, pretrained=pretrained, **size)
-    images = torch.randn(batch_size or 2, network.in_chans, *network.img_size)
-    difference = export(network, images, path, dynamic_batch=batch_size is None)
+    if dense.is_dense(model):
+        network, dynamic = dense.create_model(model, pretrained=pretrained), False
+        if img_size is None or any(side % network.size_divisor for side in img_size):
+            raise UserError(
+                f"--img-size {img_size}: {model} takes any size and is exported for one. Give HEIGHT WIDTH, multiples "
+                f"of {network.size_divisor}."
+            )
+        images = torch.randn(batch_size or 2, 3, *img_size)
+    else:
+        size = {} if img_size is None else {"img_size": img_size}
+        network, dynamic = timm.create_model(model, pretrained=pretrained, **size), batch_size is None
+        images = torch.randn(batch_size or 2, network.in_chans, *network.img_size)
+    difference = export(network, images, path, dynamic_batch=dynamic)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, largest difference {difference:.1e}")
     if difference > TOLERANCE:
         raise UserError(f"{path} differs from {model} by {difference:.1e}, more than {TOLERANCE}.")

@@ -19,6 +19,7 @@ from rich.table import Table
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import nn
 
+from dinat import dense
 from dinat.commands.catalogue import console, find
 from dinat.commands.predict_dense import predict_dense
 from dinat.data import ImageError, open_image, resolve_preprocessing
@@ -47,7 +48,7 @@ def predict(
     """Show the likeliest classes of images; or find objects and segments, with a dense model (local-dir:RUN)."""
     files = list(find_images(images))
     errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    if is_dense(model):
+    if dense.is_dense(model):
         if output is None:
             raise UserError(f"--output is not set, and --model {model} is for dense prediction. Give a folder.")
         refuse_unread(predict_dense(files, model.partition(":")[2], output, exif_transpose, errors), len(files))
@@ -91,13 +92,6 @@ def refuse_unread(unreadable: int, total: int) -> None:
     """Ends with an error where images could not be read, once the others have their results."""
     if unreadable:
         raise UserError(f"{unreadable} of {total} images cannot be read and have no rows.")
-
-
-def is_dense(model: str) -> bool:
-    """Whether `model` is the folder of a model for dense prediction."""
-    kind, _, folder = model.partition(":")
-    config = Path(folder) / "config.json"
-    return kind == "local-dir" and config.is_file() and "task" in json.loads(config.read_text())
 
 
 def find_images(paths: list[Path]) -> Iterator[Path]:

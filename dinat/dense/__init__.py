@@ -19,7 +19,7 @@ import dinat
 from dinat.errors import UserError, nearest
 
 from . import folder
-from .folder import read_config, save
+from .folder import is_dense, read_config, save
 
 METHODS = {  # class and file of each
     "mask_rcnn": ("MaskRCNN", "rcnn"),
@@ -31,7 +31,7 @@ METHODS = {  # class and file of each
 
 LOCAL = "local-dir:"
 
-__all__ = ["METHODS", "create_model", "list_models", "read_config", "save"]
+__all__ = ["METHODS", "create_model", "is_dense", "list_models", "read_config", "save"]
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -35,9 +35,11 @@ class DenseModel(nn.Module):
         num_classes: without background.
         preprocessing: "mean" and "std" of the images, for pixels of 0 to 1.
         size_divisor: sides of a batch are multiples of it, in pixels.
+        not_exported: why `torch.export` cannot follow the model; "" where it can.
     """
 
     method: ClassVar[str]
+    not_exported: ClassVar[str] = ""
     tasks: ClassVar[tuple[str, ...]]
 
     def __init__(self, num_classes: int, task: str | None, pretrained_cfg: dict, size_divisor: int = 32) -> None:

@@ -213,6 +213,7 @@ class RCNN(DenseModel):
     """
 
     tasks = ("detection",)
+    not_exported = "how many proposals and detections there are depends on the image"
     stages: ClassVar[tuple[Stage, ...]]
     convolutions: ClassVar[bool]  # in the box heads, before the last layer
     regression: ClassVar[str]  # loss of boxes, "l1" or "giou"

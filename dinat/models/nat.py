@@ -522,7 +522,7 @@ default_cfgs = generate_default_cfgs(
             "dinat/checkpoints/imagenet22k/dinat_large_in22k_224_11x11interp.pth", num_classes=21841
         ),
         "dinat_pico.untrained": _small_cfg(),
-        "dinat_pico_patch4.untrained": _small_cfg(96, 3),
+        "dinat_pico_patch4.untrained": _small_cfg(96, 6),
         "dinat_nano.untrained": _small_cfg(),
     }
 )
@@ -603,26 +603,21 @@ def dinat_large_384_11x11(pretrained: bool = False, **kwargs) -> NAT:
     return create_nat("dinat_large_384_11x11", pretrained, **dict(model_args, **kwargs))
 
 
+_PICO = dict(embed_dim=32, depths=(2, 2, 6), num_heads=(1, 2, 4), mlp_ratio=3.0, kernel_size=3, dilations="max")
+
+
 @register_model
 def dinat_pico(pretrained: bool = False, **kwargs) -> NAT:
     """For images of 32 to 96 pixels; ours, not published."""
-    model_args = dict(
-        img_size=32,
-        embed_dim=32,
-        depths=(2, 2, 6),
-        num_heads=(1, 2, 4),
-        mlp_ratio=3.0,
-        kernel_size=3,
-        dilations="max",
-        stem_stride=2,
-    )
+    model_args = dict(_PICO, img_size=32, stem_stride=2)
     return create_nat("dinat_pico", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def dinat_pico_patch4(pretrained: bool = False, **kwargs) -> NAT:
-    """For dense prediction on small images: dinat_pico at the strides 4, 8 and 16; ours, not published."""
-    return dinat_pico(pretrained, **dict(dict(img_size=96, stem_stride=4), **kwargs))
+    """For dense prediction on small images, with strides of 4, 8 and 16; ours, not published."""
+    model_args = dict(_PICO, img_size=96)
+    return create_nat("dinat_pico_patch4", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

@@ -227,6 +227,12 @@ def test_upernet_exports_to_onnx(tmp_path):
     assert export(model, torch.randn(1, 3, 32, 64), tmp_path / "model.onnx", dynamic_batch=False) < TOLERANCE
 
 
+@pytest.mark.parametrize("method", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_detectors_say_that_they_do_not_export(method, tmp_path):
+    with pytest.raises(UserError, match=r"MaskRCNN cannot be exported: how many proposals and detections there are"):
+        export(tiny(method), torch.randn(1, 3, 32, 64), tmp_path / "model.onnx")
+
+
 def test_layers_and_decay_are_those_of_the_backbone(method):
     """As timm has them for the backbone as a classifier, whose head the dense one stands for."""
     model, plain = tiny(method), timm.create_model("dinat_pico", **PICO)

@@ -254,3 +254,32 @@ def test_wrong_setting(scenes, tmp_path, task, override, message):
     with pytest.raises(UserError, match=message):
         train(scenes(task, override), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_exported_for_one_size(run, tmp_path, monkeypatch, capsys):
+    """`dinat export local-dir:RUN`: of ONNX files, and of what cannot become one."""
+    task, folder, _ = run
+    monkeypatch.chdir(tmp_path)
+    sizes = ("--img-size", "64", "64")
+
+    def exported(*arguments):
+        monkeypatch.setattr("sys.argv", ["dinat", "export", f"local-dir:{folder}", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            dinat.commands.main()
+        return (stop.value.code or 0, *capsys.readouterr())
+
+    for wrong in ((), ("--img-size", "64", "65")):
+        status, _, err = exported(*wrong)
+        assert status == 2
+        assert "takes any size and is exported for one. Give HEIGHT WIDTH, multiples of 32." in err
+    if task == "detection":
+        status, _, err = exported(*sizes)
+        assert (status, err) == (
+            2, "error: MaskRCNN cannot be exported: how many proposals and detections there are depends on the image.\n"
+        )  # fmt: skip
+        return
+    pytest.importorskip("onnxscript", reason="the package onnxscript is not installed")
+    pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed")
+    status, out, err = exported(*sizes, "--output", "model.onnx")
+    assert status == 0, err
+    assert out.startswith("model.onnx: ")
