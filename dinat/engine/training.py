@@ -371,9 +371,9 @@ class Trainer:
         write_text(self.run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         log.info(
-            "%s, %.2f M parameters, %d classes, input %s, %d x %d updates of %d images on %d x %s; %s",
+            "%s, %.2f M parameters, %d classes, input %s, %d updates (%d per epoch) of %d images on %d x %s; %s",
             self.cfg.model.name, parameters / 1e6, self.task.num_classes, self.task.describe_input(),
-            self.epochs, self.updates, self.cfg.batch_size, self.world.size, self.world.device, self.run_dir,
+            self.last_step, self.updates, self.cfg.batch_size, self.world.size, self.world.device, self.run_dir,
         )  # fmt: skip
 
     # ---- what is checked ----

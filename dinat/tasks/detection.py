@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import nn
+
 from dinat.data.coco import CocoObjects
 from dinat.data.scenes import DetectionScenes
+from dinat.errors import UserError
 from dinat.metrics.detection import DetectionMetric
 from dinat.tasks.dense import DenseTask
 
@@ -24,6 +27,14 @@ class Detection(DenseTask):
         "mask_ap75": "mask AP75",
     }
     readers: ClassVar = {"digit_scenes": DetectionScenes, "coco": CocoObjects}
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        if getattr(model, "mask_heads", None) and not getattr(self.train_set, "masks", True):
+            raise UserError(
+                f"model.kwargs.masks=true: {self.train_set.file} has boxes only. Set ++model.kwargs.masks=false."
+            )
+        return model
 
     def metric(self, confusion: bool = False) -> DetectionMetric:
         masks = self.arguments().get("masks", True)  # whether the model has any

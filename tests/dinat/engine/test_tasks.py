@@ -283,3 +283,24 @@ def test_a_run_is_exported_for_one_size(run, tmp_path, monkeypatch, capsys):
     status, out, err = exported(*sizes, "--output", "model.onnx")
     assert status == 0, err
     assert out.startswith("model.onnx: ")
+
+
+def test_boxes_alone_need_a_model_without_masks(scenes, tmp_path):
+    """Two images of one box each: refused before anything starts; without mask heads, trained and scored."""
+    for split in ("train", "validation"):
+        images = [{"id": index, "file_name": f"{index}.png", "height": 32, "width": 32} for index in range(2)]
+        boxes = [{"id": index, "image_id": index, "category_id": 1, "bbox": [4, 4, 20, 16]} for index in range(2)]
+        content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "ant"}]}
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(content))
+        for image in images:
+            Image.new("RGB", (32, 32), (90, 120, 60)).save(tmp_path / split / image["file_name"])
+    settings = ("data=coco", "data.kwargs=null", f"data.root={tmp_path}", "batch_size=2", "scheduler.updates=1")
+    with pytest.raises(UserError, match=r"masks=true: .*coco\.json has boxes only\. Set \+\+model\.kwargs\.masks=false"):
+        train(scenes("detection", *settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train(scenes("detection", *settings, "++model.kwargs.masks=false"), tmp_path / "run")
+    (row,) = csv.DictReader((tmp_path / "run" / "summary.csv").open())
+    assert float(row["val_box_ap"]) >= 0
+    assert row.get("val_mask_ap", "") == ""
+    assert ", 1 updates (1 per epoch) of 2 images" in (tmp_path / "run" / "train.log").read_text()
