@@ -296,7 +296,9 @@ def test_boxes_alone_need_a_model_without_masks(scenes, tmp_path):
         for image in images:
             Image.new("RGB", (32, 32), (90, 120, 60)).save(tmp_path / split / image["file_name"])
     settings = ("data=coco", "data.kwargs=null", f"data.root={tmp_path}", "batch_size=2", "scheduler.updates=1")
-    with pytest.raises(UserError, match=r"masks=true: .*coco\.json has boxes only\. Set \+\+model\.kwargs\.masks=false"):
+    with pytest.raises(
+        UserError, match=r"masks=true: .*coco\.json has boxes only\. Set \+\+model\.kwargs\.masks=false"
+    ):
         train(scenes("detection", *settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(scenes("detection", *settings, "++model.kwargs.masks=false"), tmp_path / "run")
