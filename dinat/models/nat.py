@@ -615,8 +615,11 @@ def dinat_pico(pretrained: bool = False, **kwargs) -> NAT:
 
 @register_model
 def dinat_pico_patch4(pretrained: bool = False, **kwargs) -> NAT:
-    """For dense prediction on small images, with strides of 4, 8 and 16; ours, not published."""
-    model_args = dict(_PICO, img_size=96)
+    """For dense prediction on small images, with strides of 4, 8 and 16; ours, not published.
+
+    Its MLPs tell its weights from those of dinat_pico, which a stride does not.
+    """
+    model_args = dict(_PICO, img_size=96, mlp_ratio=2.0)
     return create_nat("dinat_pico_patch4", pretrained, **dict(model_args, **kwargs))
 
 
