@@ -11,15 +11,12 @@ first scenes of the validation split, whatever the models make of them: image, t
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness import RESULTS, ROOT, append, facts, rounded
+from harness import RESULTS, ROOT, append, command, facts, rounded
 from harness import read as read_rows
 from PIL import Image
 
@@ -31,10 +28,10 @@ TASKS = ("semantic", "detection", "panoptic")
 def train(task: str, runs: Path, overrides: Sequence[str]) -> float:
     """Runs the job as a process of its own; returns its seconds."""
     start = time.perf_counter()
-    command = [sys.executable, "train.py", f"task={task}", f"dir={runs / task}", *overrides]
-    if task == "panoptic" and (runs / "semantic").exists():
-        command += [f"model.checkpoint={runs / 'semantic'}", "model.reset_head=true"]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    semantic = runs / "semantic"
+    backbone = [f"model.checkpoint={semantic}", "model.reset_head=true"] if semantic.exists() else []
+    words = backbone if task == "panoptic" else []
+    command("train.py", f"task={task}", f"dir={runs / task}", *words, *overrides)
     return time.perf_counter() - start
 
 

@@ -162,6 +162,15 @@ def peak_memory(run: Callable[[], object], device: str) -> int:
     return max(itertools.accumulate(changes, initial=0))
 
 
+def command(script: str, *words: str) -> str:
+    """Runs train.py or eval.py as a user does; returns what it prints on stdout, or ends with its status."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, script, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    return result.stdout if result.returncode == 0 else sys.exit(result.returncode)
+
+
 def append(path: Path, row: Mapping[str, Any]) -> None:
     """One more row; files only grow, and keep their columns."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from harness import RESULTS, ROOT, append, facts, rounded
+from harness import RESULTS, ROOT, append, command, facts, rounded
 from harness import read as read_rows
 from PIL import Image
 
@@ -177,15 +177,6 @@ def write_nuclei(package: Path, root: Path) -> dict[str, int]:
 
 
 WRITERS = {"trees": write_trees, "nuclei": write_nuclei}
-
-
-def command(script: str, *words: str) -> str:
-    """Runs train.py or eval.py as a user does; returns what it prints on stdout, or ends with its status."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, script, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    return result.stdout if result.returncode == 0 else sys.exit(result.returncode)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

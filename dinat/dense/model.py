@@ -59,15 +59,16 @@ class DenseModel(nn.Module):
         """The module that holds all parameters of the backbone."""
         raise NotImplementedError
 
+    @property
     def timm_model(self) -> tuple[str, nn.Module]:
-        """The backbone's timm model, and what the names of its parameters begin with."""
+        """What the names of the backbone's parameters begin with here, and its timm model."""
         ((path, features),) = ((name, part) for name, part in self.named_modules() if isinstance(part, Features))
         prefix, model = features.timm_model
         return f"{path}.{prefix}", model
 
     def no_weight_decay(self) -> set[str]:
         """What the backbone does not want decayed, as of timm's models."""
-        prefix, model = self.timm_model()
+        prefix, model = self.timm_model
         return {prefix + name for name in getattr(model, "no_weight_decay", set)()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -76,7 +77,7 @@ class DenseModel(nn.Module):
         Raises:
             UserError: timm does not know the layers of this backbone once it gives feature maps.
         """
-        prefix, model = self.timm_model()
+        prefix, model = self.timm_model
         if not hasattr(model, "group_matcher"):
             raise UserError(
                 f"optimizer.layer_decay: timm tells no layers of {type(model).__name__}, as which this backbone gives "
@@ -92,7 +93,7 @@ class DenseModel(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Activations within the backbone are computed again in the backward pass."""
-        _, model = self.timm_model()
+        _, model = self.timm_model
         if not hasattr(model, "set_grad_checkpointing"):
             raise UserError(f"runtime.grad_checkpointing=true: {type(model).__name__} has none. Set it to false.")
         model.set_grad_checkpointing(enable)

@@ -95,9 +95,9 @@ class UPerNet(DenseModel):
         return [head for head in (self.network.decode_head, self.network.auxiliary_head) if head is not None]
 
     def losses(self, batch: Tensor, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-        if len(batch) == 1:
+        if len(batch) == 1 and 1 in self.network.config.pool_scales:
             raise UserError(
-                "upernet is trained on two images or more at a time, for the batch norm of its pooled maps: batch_size "
+                "upernet is trained on two images or more at a time, for batch norm of maps of one cell: batch_size "
                 "must be at least twice the number of processes times runtime.grad_accum."
             )
         size = batch.shape[-2:]

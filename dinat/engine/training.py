@@ -260,7 +260,8 @@ class Trainer:
     def evaluate(self, label: str) -> Scores:
         """Scores on the validation split."""
         if self.world.size > 1:
-            for module in (self.model, self.averaged):  # running statistics are of rank 0, as in what is saved
+            # running statistics are of rank 0, as in what is saved
+            for module in dict.fromkeys((self.model, self.averaged)):
                 distribute_bn(module, self.world.size)
         total = len(self.val_loader) if not isinstance(self.val_loader.dataset, IterableDataset) else None
         with report.Bar(label, total, self.cfg.eval_batch_size * self.world.size, primary=self.world.primary) as bar:

@@ -236,7 +236,7 @@ def test_detectors_say_that_they_do_not_export(method, tmp_path):
 def test_layers_and_decay_are_those_of_the_backbone(method):
     """As timm has them for the backbone as a classifier, whose head the dense one stands for."""
     model, plain = tiny(method), timm.create_model("dinat_pico", **PICO)
-    prefix, inner = model.timm_model()
+    prefix, inner = model.timm_model
     spared = {name for name, _ in model.named_parameters() for rule in model.no_weight_decay() if fnmatch(name, rule)}
     assert spared == {f"{prefix}levels.{level}.blocks.0.attn.rpb" for level in range(3)}
 
@@ -261,7 +261,7 @@ def test_grad_checkpointing_changes_nothing_but_memory(method):
     losses = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
-        assert {level.grad_checkpointing for level in model.timm_model()[1].levels} == {enable}
+        assert {level.grad_checkpointing for level in model.timm_model[1].levels} == {enable}
         torch.manual_seed(0)
         losses.append(sum(model(IMAGES, objects).values()))
         losses[-1].backward()

@@ -30,6 +30,7 @@ def locate(i, tiles, dilation, TILE: tl.constexpr):
 
 @triton.jit
 def _group_length(lengths, dilation, group, WINDOW: tl.constexpr, A: tl.constexpr):
+    """On axis A; a window that is a whole group has its length, which saves registers: Triton 3.9 spilled two."""
     n = (lengths[A] - group[A] + dilation[A] - 1) // dilation[A]
     if WINDOW[4 * A + 3]:
         n = WINDOW[4 * A]
