@@ -70,15 +70,25 @@ def eval_job(cfg: DictConfig) -> float:
 
 
 def train() -> None:
-    """Console script `dinat-train`."""
-    wait_passively()
+    """Trains as the command line (`sys.argv`) says, in this process."""
     run(hydra.main(version_base="1.3", config_path="pkg://dinat.configs", config_name="train")(train_job))
 
 
 def evaluate() -> None:
+    """Evaluates as the command line (`sys.argv`) says, in this process."""
+    run(hydra.main(version_base="1.3", config_path="pkg://dinat.configs", config_name="eval")(eval_job))
+
+
+def dinat_train() -> None:
+    """Console script `dinat-train`."""
+    wait_passively()
+    train()
+
+
+def dinat_eval() -> None:
     """Console script `dinat-eval`."""
     wait_passively()
-    run(hydra.main(version_base="1.3", config_path="pkg://dinat.configs", config_name="eval")(eval_job))
+    evaluate()
 
 
 def wait_passively() -> None:

@@ -22,7 +22,6 @@ def called(monkeypatch, capsys):
 
     def called(entry, *arguments):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # else a console script starts its process anew
         capsys.readouterr()
         try:
             entry()
@@ -138,8 +137,8 @@ def test_names_of_nested_keys():
     [
         ("train.py", None, "PASSIVE"),
         ("eval.py", None, "PASSIVE"),
-        ("dinat.cli.train", None, "PASSIVE"),
-        ("dinat.cli.evaluate", None, "PASSIVE"),
+        ("dinat.cli.dinat_train", None, "PASSIVE"),
+        ("dinat.cli.dinat_eval", None, "PASSIVE"),
         ("train.py", "ACTIVE", "ACTIVE"),
     ],
 )
