@@ -75,6 +75,35 @@ def test_flocoder(version, install, installed_file, monkeypatch):
     torch.testing.assert_close(block(x, position, condition), full(x, position, condition))
 
 
+def test_medvitv2(install):
+    """Omid-Nejati/MedViTV2: channels first, *reshaped* to channels last and back, so that neighbors are scrambled."""
+    install("0.17")
+    module = importlib.import_module("natten")
+    assert hasattr(module, "context")  # by which it tells 0.17, and asks for the bias in its words
+    layer = module.NeighborhoodAttention2D(
+        32, kernel_size=7, dilation=None, num_heads=2, qkv_bias=True, qk_scale=None, attn_drop=0, proj_drop=0.0,
+        rel_pos_bias=True,
+    )  # fmt: skip
+    nn.init.normal_(layer.rpb)
+    x = torch.randn(2, 32, 9, 11)
+    batch, channels, height, width = x.shape
+    scrambled = x.reshape(batch, height, width, channels)
+    out = layer(scrambled).reshape(batch, channels, height, width)
+
+    layer.double()
+    q, k, v = layer.qkv(scrambled.double()).view(batch, height * width, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    rows, columns = torch.arange(height), torch.arange(width)
+    place = torch.cartesian_prod(rows, columns)
+    first = torch.stack([(place[:, 0] - 3).clamp(0, height - 7), (place[:, 1] - 3).clamp(0, width - 7)], 1)
+    offset = place[None, :] - first[:, None]  # of every key in the window of every query
+    seen = ((offset >= 0) & (offset < 7)).all(-1)
+    index = (place[None, :] - place[:, None] + 6).clamp(0, 12)
+    bias = layer.rpb[:, index[..., 0], index[..., 1]].masked_fill(~seen, -torch.inf)
+    y = ((q @ k.mT) * 16**-0.5 + bias).softmax(-1) @ v
+    expected = layer.proj(y.transpose(1, 2).reshape(batch, height, width, channels)).reshape(x.shape)
+    torch.testing.assert_close(out, expected.float(), atol=2e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("version", ["0.17", "0.21"])
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_physicsnemo(version, rank, install, installed_file):
