@@ -1,5 +1,6 @@
 """Models for dense prediction: detection, instance, semantic and panoptic segmentation on any timm backbone.
 
+    model = dinat.dense.create_model("mask_rcnn_dinat_tiny.coco", pretrained=True)  # a published model
     model = dinat.dense.create_model("mask_rcnn_dinat_tiny", num_classes=10)
     model = dinat.dense.create_model("upernet", backbone="swin_tiny_patch4_window7_224", pretrained_backbone=True)
 
@@ -20,6 +21,7 @@ from dinat.errors import UserError, nearest
 
 from . import folder
 from .folder import is_dense, read_config, save
+from .published import PUBLISHED
 
 METHODS = {  # class and file of each
     "mask_rcnn": ("MaskRCNN", "rcnn"),
@@ -31,11 +33,16 @@ METHODS = {  # class and file of each
 
 LOCAL = "local-dir:"
 
-__all__ = ["METHODS", "create_model", "is_dense", "list_models", "read_config", "save"]
+__all__ = ["METHODS", "PUBLISHED", "create_model", "is_dense", "list_models", "read_config", "save"]
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names METHOD_BACKBONE with the backbones of this package, those that match `pattern`; others of timm work too."""
+def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
+    """Names METHOD_BACKBONE with the backbones of this package, those that match `pattern`; others of timm work too.
+
+    With `pretrained`, names METHOD_BACKBONE.DATA of the published models.
+    """
+    if pretrained:
+        return fnmatch.filter(PUBLISHED, pattern)
     families = (dinat.models.nat, dinat.models.dinat_s)
     backbones = [name for family in families for name in timm.list_models(module=family.__name__.rsplit(".")[-1])]
     return fnmatch.filter(sorted(f"{method}_{name}" for method in METHODS for name in backbones), pattern)
@@ -51,12 +58,14 @@ def create_model(
     """A `dinat.dense.model.DenseModel`.
 
     Args:
-        name: a method of `METHODS`, or METHOD_BACKBONE, or local-dir:FOLDER for a run folder or another that `save`
-            wrote; with that, of the other arguments only `pretrained` has a meaning.
+        name: a published model, METHOD_BACKBONE.DATA of `PUBLISHED`; or METHOD_BACKBONE, or a method of `METHODS`; or
+            local-dir:FOLDER for a run folder or another that `save` wrote, with which, of the other arguments, only
+            `pretrained` has a meaning.
         pretrained: published weights of the whole model; `pretrained_backbone=True` is for those of the backbone.
         num_classes: without background; None for those of the published model.
         backbone: any timm model with `features_only`; not beside a name that has one.
         kwargs: of the method's class: `backbone_kwargs` (a dict for timm), `pretrained_backbone`, the head's arguments.
+            For a published model, those that are given replace or (`backbone_kwargs`) join its own.
 
     Raises:
         UserError: an unknown name, an argument that the method does not take, a missing package, `pretrained` where
@@ -64,15 +73,9 @@ def create_model(
     """
     if name.startswith(LOCAL):
         return _from_folder(name.removeprefix(LOCAL), pretrained)
-    method = max((m for m in METHODS if name == m or name.startswith(f"{m}_")), key=len, default=None)
-    if method is None:
-        raise UserError(
-            f"{name}: no such model.{nearest(name, [*METHODS, *list_models()])} Methods: {', '.join(METHODS)}."
-        )
-    if in_name := name[len(method) + 1 :]:
-        if backbone is not None:
-            raise UserError(f"backbone={backbone}: the name {name} has a backbone already; use {method} as the name.")
-        backbone = in_name
+    method, in_name, published = _parse(name)
+    if in_name and backbone is not None:
+        raise UserError(f"backbone={backbone}: the name {name} has a backbone already; use {method} as the name.")
     if pretrained:
         raise UserError(
             f"pretrained=True: no weights of {name} are known; pretrained_backbone=True takes those of its backbone."
@@ -81,8 +84,33 @@ def create_model(
     takes = list(inspect.signature(cls).parameters)
     for argument in kwargs.keys() - set(takes):
         raise UserError(f"{argument}={kwargs[argument]}: {method} takes no such argument.{nearest(argument, takes)}")
-    given = {"num_classes": num_classes, "backbone": backbone}
-    return cls(**{key: value for key, value in given.items() if value is not None}, **kwargs)
+    given = {"num_classes": num_classes, "backbone": in_name or backbone, **kwargs}
+    return cls(**_merge(published, {key: value for key, value in given.items() if value is not None}))
+
+
+def _parse(name: str) -> tuple[str, str, dict[str, Any]]:
+    """Method, backbone ("" for none) and, for a published model, the arguments of its class."""
+    if name in PUBLISHED:
+        row = PUBLISHED[name]
+        return row.method, row.backbone, row.arguments
+    method = max((m for m in METHODS if name == m or name.startswith(f"{m}_")), key=len, default=None)
+    backbone, _, tag = name[len(method or "") + 1 :].partition(".")
+    if method is None or (tag and timm.is_model(backbone) and f"{backbone}.{tag}" not in _tagged(backbone)):
+        known = nearest(name, PUBLISHED) if tag else nearest(name, [*METHODS, *list_models()])
+        raise UserError(f"{name}: no such model.{known} Methods: {', '.join(METHODS)}.")
+    return method, name[len(method) + 1 :], {}
+
+
+def _tagged(backbone: str) -> list[str]:
+    return timm.list_models(backbone, include_tags=True)
+
+
+def _merge(published: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a method's class: those of the published model with what is given."""
+    if given.get("num_classes", published.get("num_classes")) != published.get("num_classes"):
+        published = {key: value for key, value in published.items() if key != "things"}  # of its own classes
+    inner = {**published.get("backbone_kwargs", {}), **given.get("backbone_kwargs", {})}
+    return published | given | ({"backbone_kwargs": inner} if inner else {})
 
 
 def _from_folder(path: str, pretrained: bool):
