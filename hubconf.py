@@ -12,6 +12,6 @@ import dinat  # noqa: F401  registers the models
 
 dependencies = ["torch", "timm", "huggingface_hub", "safetensors"]
 
-for _module in ("nat", "dinat_s", "isotropic"):
+for _module in ("nat", "dinat_s", "isotropic", "volumes"):
     for _name in timm.list_models(module=_module):
         globals()[_name] = update_wrapper(partial(timm.create_model, _name), timm.model_entrypoint(_name))

@@ -27,7 +27,7 @@ def export(model: nn.Module, images: Tensor, path: str | Path, *, dynamic_batch:
 
     Args:
         model: a model of this package, its `features_only` form, or one of `dinat.dense`; it runs in evaluation mode.
-        images: an example (batch, channels, height, width) in the dtype and on the device of the model.
+        images: an example (batch, channels, *sides) in the dtype and on the device of the model.
         path: ends in ".onnx" (for ONNX Runtime and others) or ".pt2" (compiled by AOTInductor for this kind of machine,
             which takes a C++ compiler here; `torch._inductor.aoti_load_package` loads it).
         dynamic_batch: whether the result takes any batch size, or only that of `images`.
@@ -48,7 +48,7 @@ def export(model: nn.Module, images: Tensor, path: str | Path, *, dynamic_batch:
         if missing:
             raise UserError(f'ONNX needs {" and ".join(missing)}, not installed here: pip install "dinat[onnx]".')
     if dynamic_batch and len(images) == 1:  # which would be taken for a fixed size
-        images = images.repeat(2, 1, 1, 1)
+        images = torch.cat([images, images])
     training = model.training
     model.eval()
     try:
@@ -111,7 +111,10 @@ def command(
         images = torch.randn(batch_size or 2, 3, *img_size)
     else:
         size = {} if img_size is None else {"img_size": img_size}
-        network, dynamic = timm.create_model(model, pretrained=pretrained, **size), batch_size is None
+        try:
+            network, dynamic = timm.create_model(model, pretrained=pretrained, **size), batch_size is None
+        except TypeError as error:
+            raise UserError(f"--img-size {img_size}: {model} does not take it: {error}") from error
         images = torch.randn(batch_size or 2, network.in_chans, *network.img_size)
     difference = export(network, images, path, dynamic_batch=dynamic)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, largest difference {difference:.1e}")

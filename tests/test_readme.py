@@ -1,4 +1,4 @@
-"""The README is true: its Python runs, its command lines compose, its table holds the published facts."""
+"""README and docs/volumes.md are true: their Python runs, their commands compose, the table holds published facts."""
 
 import re
 import shlex
@@ -11,17 +11,19 @@ from dinat.data.digits import Digits
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+VOLUMES = (ROOT / "docs" / "volumes.md").read_text()
+PYTHON = [block for page in (README, VOLUMES) for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 COMMANDS = [
     shlex.split(line)
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", README + VOLUMES, re.DOTALL)
     for line in block.splitlines()
     if re.search(r"\b(train|eval)\.py\b", line) and not line.startswith("#")
 ]
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=[str(i) for i in range(len(PYTHON))])
-def test_python(block, capsys):
+def test_python(block, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     # Later blocks use the imports of the first one.
     exec("import dinat, timm, torch\n" + block, {})
 

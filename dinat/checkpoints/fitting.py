@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,23 +16,37 @@ from dinat.errors import CheckpointError
 
 
 def resize_rpb(rpb: Tensor, kernel_size: Sequence[int]) -> Tensor:
-    """Resize a bias table (heads, 2k-1, 2k-1) to another window by bicubic interpolation, as the 11x11 weights were."""
+    """Resize a bias table (heads, 2k-1, 2k-1) to another window by bicubic interpolation, as the 11x11 weights were.
+
+    That of a volume, (heads, 2k-1, 2k-1, 2k-1), first within its slices, and then along the depth.
+    """
     size = tuple(2 * k - 1 for k in kernel_size)
     if tuple(rpb.shape[1:]) == size:
         return rpb
-    return F.interpolate(rpb[None].float(), size=size, mode="bicubic", align_corners=False)[0].to(rpb.dtype)
+    bicubic = partial(F.interpolate, mode="bicubic", align_corners=False)
+    if len(size) == 2:
+        return bicubic(rpb[None].float(), size=size)[0].to(rpb.dtype)
+    depth, *slices = size
+    resized = bicubic(rpb.float(), size=slices)  # the depth in the place of the channels
+    flat = math.prod(slices)
+    return bicubic(resized.flatten(2)[None], size=(depth, flat))[0].unflatten(2, slices).to(rpb.dtype)
 
 
-def fit(checkpoint: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def fit(checkpoint: Mapping[str, Tensor], model: nn.Module, inflation: str | None = None) -> dict[str, Tensor]:
     """Weights of any known layout as a state dict for `model`; the classifier and the image's channels as they are.
 
     Bias tables of another window are resized. Norms that the publisher's classifiers or detection models do not have
     keep the values they have in `model`. The classifier and the first convolution are timm's to adapt.
 
+    Args:
+        inflation: see `inflate`, by which weights of a model of maps come to fit one of volumes.
+
     Raises:
         CheckpointError: the checkpoint is of another architecture.
     """
     state, own = to_native(checkpoint), model.state_dict()
+    if inflation is not None:
+        state = {key: inflate(value, own[key], inflation) if key in own else value for key, value in state.items()}
     for key, value in state.items():
         if key in own and key.endswith(".rpb"):
             state[key] = resize_rpb(value, [(side + 1) // 2 for side in own[key].shape[1:]])
@@ -42,6 +58,31 @@ def fit(checkpoint: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
             adapted.add(stem)
     check_fit(own, state, f"the checkpoint is of another architecture than this {type(model).__name__}", adapted)
     return state
+
+
+def inflate(weight: Tensor, like: Tensor, mode: str) -> Tensor:
+    """A weight of a model of maps for one of volumes, where it lacks the depth (I3D, Carreira & Zisserman 2017).
+
+    A volume that repeats one image along its depth then gives the image's features: everywhere for "centre", away from
+    the first and last slices for "mean", where convolutions meet the padding. A convolution of another number of
+    channels sums them up and spreads the sum, by which grey images give what they gave.
+
+    Args:
+        weight: a convolution (out, in, *sides), a bias table (heads, *sides), or anything else, which stays.
+        like: the weight to fit.
+        mode: "centre": a convolution is the given one in its middle slice, and 0 in the others. "mean": it is the given
+            one in all slices, divided by their number. Bias tables are the same for all depths either way.
+    """
+    if like.ndim == 5 and weight.shape[1] != like.shape[1]:
+        weight = weight.sum(1, keepdim=True).expand(-1, like.shape[1], *weight.shape[2:]) / like.shape[1]
+    if weight.ndim != like.ndim - 1:
+        return weight
+    if like.ndim == 4:
+        return weight[:, None].repeat(1, like.shape[1], 1, 1)
+    depth = like.shape[2]
+    if mode == "mean":
+        return weight[:, :, None].repeat(1, 1, depth, 1, 1) / depth
+    return F.pad(weight[:, :, None], (0, 0, 0, 0, depth // 2, depth // 2))
 
 
 def fit_dense(checkpoint: Mapping[str, Tensor], model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from dinat.published import TOP1
 
 console = Console(highlight=False)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, with or without a tag.")]
-MODULES = ("nat", "dinat_s", "isotropic")
+MODULES = ("nat", "dinat_s", "isotropic", "volumes")
 
 
 def ours(pattern: str = "*") -> list[str]:
@@ -65,20 +65,20 @@ def info(model: Model) -> None:
     cfg = find(model)
     name = full_name(cfg)
     network = timm.create_model(name, device="meta").eval()
-    pixels = network.img_size[0]
     with FlopCounterMode(display=False) as counter:
-        network(torch.empty(1, 3, *network.img_size, device="meta"))
+        network(torch.empty(1, network.in_chans, *network.img_size, device="meta"))
+    unit = "pixels" if network.rank == 2 else "voxels"
     shape = Shape.of(network.state_dict())
     rows = {
         "model": name,
         "parameters": f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} M",
-        "multiply-adds": f"{counter.get_total_flops() / 2e9:.1f} G at {pixels} x {network.img_size[1]} pixels",
+        "multiply-adds": f"{counter.get_total_flops() / 2e9:.1f} G at {' x '.join(map(str, network.img_size))} {unit}",
         "feature maps": ", ".join(f"{f['num_chs']} / {f['reduction']}" for f in network.feature_info)
         + " (channels / stride)",
         "blocks": ", ".join(map(str, shape.depths)),
         "heads": ", ".join(map(str, shape.num_heads)),
-        "windows": ", ".join("x".join(map(str, window)) for window in shape.kernel_size),
-        "dilations": " | ".join(" ".join(map(str, level)) for level in network.dilations),
+        "windows": ", ".join(map(by_axis, shape.kernel_size)),
+        "dilations": " | ".join(" ".join(map(by_axis, level)) for level in network.dilations),
         "layer scale": "yes" if shape.layer_scale else "no",
         "classes": cfg.num_classes,
         "published top-1": f"{TOP1[name]} %" if name in TOP1 else "none",
@@ -88,3 +88,8 @@ def info(model: Model) -> None:
     }
     for key, value in rows.items():
         console.print(f"{key:<17}{value}", soft_wrap=True)
+
+
+def by_axis(sizes: int | tuple[int, ...]) -> str:
+    """A number, or numbers along the axes, as 3x7x7."""
+    return "x".join(map(str, sizes)) if isinstance(sizes, tuple) else str(sizes)

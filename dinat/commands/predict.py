@@ -56,6 +56,8 @@ def predict(
     network = load(model, checkpoint)
     if not network.num_classes:
         raise UserError(f"--model {model}: its weights have no classifier.")
+    if getattr(network, "rank", 2) != 2:
+        raise UserError(f"--model {model}: takes volumes, and these are images. eval.py evaluates it.")
     names = class_names(network)
     preprocessing = resolve_preprocessing({}, network)
     transform = create_transform(**preprocessing)

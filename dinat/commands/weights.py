@@ -129,7 +129,7 @@ def convert(
         from dinat.tasks.models import export  # takes a second to import
 
         del arguments["num_classes"]
-        export(network, folder, {"input_size": (shape.in_chans, *network.img_size)}, arguments, [])
+        export(network, folder, {"input_size": (shape.in_chans, *network.img_size[-2:])}, arguments, [])
     console.print(f"{name}: {len(state)} tensors, {shape.num_classes} classes, in {folder}", soft_wrap=True)
 
 
@@ -137,7 +137,8 @@ def architecture_of(shape: Shape, source: Path) -> str:
     """The only architecture of ours with these shapes. Raises UserError for none or several."""
 
     def body(shape: Shape) -> tuple:
-        return shape.embed_dim, shape.depths, shape.num_heads, shape.mlp_ratio, shape.layer_scale
+        rank = len(shape.kernel_size[0])
+        return rank, shape.embed_dim, shape.depths, shape.num_heads, shape.mlp_ratio, shape.layer_scale
 
     shapes = {
         name: Shape.of(timm.create_model(name, device="meta").state_dict())

@@ -43,6 +43,8 @@ class Features(nn.Module):
         try:
             with torch.device("meta"):
                 plain = timm.create_model(name, **own)
+            if getattr(plain, "rank", 2) != 2:
+                raise ValueError("it takes volumes, not images")
             takes = inspect.signature(type(plain)).parameters
             if "strict_img_size" in takes:
                 kwargs.setdefault("strict_img_size", False)

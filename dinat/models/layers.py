@@ -1,23 +1,39 @@
-"""What the families share: the transformer block, the dilation policies, the change of a window."""
+"""What the families share, for maps (rank 2) and volumes (rank 3): block, dilation policies, change of a window."""
 
 import math
 import numbers
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from dinat_kernels import NeighborhoodAttention2d
+from dinat_kernels import NeighborhoodAttention2d, NeighborhoodAttention3d
 from dinat_kernels.ops import is_watched
-from timm.layers import DropPath, LayerScale, Mlp, use_fused_attn
+from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp, use_fused_attn
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
 from dinat.checkpoints import resize_rpb
 
-register_notrace_module(NeighborhoodAttention2d)  # its padding depends on the map size, which FX cannot trace
+AXES = ("depth", "height", "width")
+Dilations = int | str | Sequence[Sequence[int | tuple[int, ...]]]
 
-Dilations = int | str | Sequence[Sequence[int | tuple[int, int]]]
+
+class LayerNorm3d(nn.LayerNorm):
+    """LayerNorm of the channels of volumes (batch, channels, depth, height, width), as timm's LayerNorm2d of maps."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps).movedim(-1, 1)
+
+
+# by rank
+ATTENTION = {2: NeighborhoodAttention2d, 3: NeighborhoodAttention3d}
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+LAYER_NORM = {2: partial(LayerNorm2d, eps=1e-5), 3: partial(LayerNorm3d, eps=1e-5)}
+
+for attention in ATTENTION.values():
+    register_notrace_module(attention)  # its padding depends on the map size, which FX cannot trace
 
 
 class GELU(nn.Module):
@@ -34,14 +50,14 @@ register_notrace_module(GELU)
 
 
 class NATBlock(nn.Module):
-    """Pre-norm transformer block on (batch, height, width, dim), with optional layer scale."""
+    """Pre-norm transformer block on (batch, *spatial, dim), with optional layer scale; `rank` spatial axes."""
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
-        kernel_size: int | tuple[int, int] = 7,
-        dilation: int | tuple[int, int] = 1,
+        kernel_size: int | tuple[int, ...] = 7,
+        dilation: int | tuple[int, ...] = 1,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         ls_init_value: float | None = None,
@@ -51,6 +67,7 @@ class NATBlock(nn.Module):
         act_layer: Callable[..., nn.Module] = GELU,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         backend: str | None = None,
+        rank: int = 2,
         device=None,
         dtype=None,
     ) -> None:
@@ -59,7 +76,7 @@ class NATBlock(nn.Module):
         if backend is None and not use_fused_attn():  # TIMM_FUSED_ATTN=0, or timm's exportable mode
             backend = "torch"
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = NeighborhoodAttention2d(
+        self.attn = ATTENTION[rank](
             dim,
             num_heads,
             kernel_size,
@@ -96,16 +113,21 @@ class NATBlock(nn.Module):
         return x + y
 
 
-def to_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """A length or (height, width) as (height, width). Raises ValueError, naming the argument, unless both are >= 1."""
+def to_sizes(name: str, value: int | Sequence[int], rank: int = 2) -> tuple[int, ...]:
+    """A length for all axes, or one per axis, as one per axis.
+
+    Raises:
+        ValueError: not `rank` of them, or not positive; names the argument.
+    """
     try:
-        pair = (value, value) if isinstance(value, str) or not isinstance(value, Sequence) else value
-        height, width = map(operator.index, pair)
-    except (TypeError, ValueError):
-        height = width = 0
-    if min(height, width) < 1:
-        raise ValueError(f"{name} must be a positive int or two of them, (height, width), got {value!r}")
-    return height, width
+        sizes = (value,) * rank if isinstance(value, str) or not isinstance(value, Sequence) else value
+        sizes = tuple(map(operator.index, sizes))
+    except TypeError:
+        sizes = ()
+    if len(sizes) != rank or min(sizes) < 1:
+        count, axes = {2: "two", 3: "three"}[rank], ", ".join(AXES[-rank:])
+        raise ValueError(f"{name} must be a positive int or {count} of them, ({axes}), got {value!r}")
+    return sizes
 
 
 def init_weights(module: nn.Module, name: str = "") -> None:
@@ -118,7 +140,9 @@ def init_weights(module: nn.Module, name: str = "") -> None:
 
 @torch.no_grad()
 def resize_window(
-    attn: NeighborhoodAttention2d, kernel_size: int | Sequence[int], dilation: int | Sequence[int]
+    attn: NeighborhoodAttention2d | NeighborhoodAttention3d,
+    kernel_size: int | Sequence[int],
+    dilation: int | Sequence[int],
 ) -> None:
     """Change the window of a layer in place, and its bias table with it."""
     attn.set_window(kernel_size, dilation)
@@ -130,9 +154,10 @@ def resize_window(
 def resolve_dilations(
     dilations: Dilations,
     depths: Sequence[int],
-    kernel_sizes: Sequence[tuple[int, int]],
-    feature_sizes: Sequence[tuple[int, int]],
-) -> list[list[int | tuple[int, int]]]:
+    kernel_sizes: Sequence[tuple[int, ...]],
+    feature_sizes: Sequence[tuple[int, ...]],
+    per_axis: bool = False,
+) -> list[list[int | tuple[int, ...]]]:
     """The dilation of every block, one list per level (DiNAT, Hassani & Shi 2022, section 3.4).
 
     Args:
@@ -141,8 +166,9 @@ def resolve_dilations(
             half of the maximum to the maximum in cycles of three, the last level stays at the maximum, as in the
             published detection models. Or an explicit list of one list per level with one dilation per block.
         depths: blocks per level.
-        kernel_sizes: (height, width) of each level's window, in tokens.
-        feature_sizes: (height, width) of each level's map, in tokens.
+        kernel_sizes: of each level's window along each axis, in tokens.
+        feature_sizes: of each level's map along each axis, in tokens.
+        per_axis: whether the policies go by each axis instead of the shorter side, and give one dilation per axis.
 
     Raises:
         ValueError: unknown policy, or a list that does not have the shape of `depths`.
@@ -154,10 +180,12 @@ def resolve_dilations(
             raise ValueError(f'dilations must be an int, "max", "gradual" or a list of lists, got {dilations!r}')
         levels = []
         for i, (depth, kernel, size) in enumerate(zip(depths, kernel_sizes, feature_sizes, strict=True)):
-            largest = max(1, min(side // k for side, k in zip(size, kernel, strict=True)))
+            fitting = [max(1, side // k) for side, k in zip(size, kernel, strict=True)]
             steps = 1 if dilations == "max" or i == len(depths) - 1 else min(3, depth // 2)
-            cycle = [math.floor(largest / 2 * (1 + j / (steps - 1))) for j in range(steps)] if steps > 1 else [largest]
-            levels.append([max(1, cycle[j // 2 % len(cycle)]) if j % 2 else 1 for j in range(depth)])
+            if per_axis:
+                levels.append(list(zip(*(_alternate(largest, depth, steps) for largest in fitting), strict=True)))
+            else:
+                levels.append(_alternate(min(fitting), depth, steps))
         return levels
     if not isinstance(dilations, Sequence) or [len(d) if isinstance(d, Sequence) else d for d in dilations] != list(
         depths
@@ -166,3 +194,9 @@ def resolve_dilations(
             f"dilations must be one list per level with one entry per block, {list(depths)} entries, got {dilations!r}"
         )
     return [list(level) for level in dilations]
+
+
+def _alternate(largest: int, depth: int, steps: int) -> list[int]:
+    """Dilations of `depth` blocks: even ones 1, odd ones grow from half of the largest to it in `steps`."""
+    cycle = [math.floor(largest / 2 * (1 + j / (steps - 1))) for j in range(steps)] if steps > 1 else [largest]
+    return [max(1, cycle[j // 2 % len(cycle)]) if j % 2 else 1 for j in range(depth)]

@@ -10,11 +10,10 @@ Weights by SHI Labs, https://github.com/SHI-Labs/Neighborhood-Attention-Transfor
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates, get_act_layer
+from timm.layers import ClassifierHead, calculate_drop_path_rates, get_act_layer
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -31,7 +30,17 @@ from torch import nn
 from dinat import checkpoints
 from dinat.errors import CheckpointError
 
-from .layers import GELU, Dilations, NATBlock, init_weights, resize_window, resolve_dilations, to_pair
+from .layers import (
+    CONV,
+    GELU,
+    LAYER_NORM,
+    Dilations,
+    NATBlock,
+    init_weights,
+    resize_window,
+    resolve_dilations,
+    to_sizes,
+)
 
 try:
     from timm.models._input import update_model_input_size
@@ -42,43 +51,46 @@ except ImportError:  # timm < 1.0.30 keeps no record of the input size
 
 __all__ = ["NAT"]
 
-_LayerNorm2d = partial(LayerNorm2d, eps=1e-5)
-
 
 class ConvStem(nn.Module):
-    """Two overlapping 3x3 convolutions with nothing between them, then LayerNorm (NAT, section 3.3)."""
+    """Two overlapping convolutions, 3 tokens wide, with nothing between them, then LayerNorm (NAT, section 3.3)."""
 
-    def __init__(self, in_chans: int, dim: int, stride: int = 4, device=None, dtype=None) -> None:
+    def __init__(
+        self, in_chans: int, dim: int, stride: int | Sequence[int] = 4, rank: int = 2, device=None, dtype=None
+    ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if stride not in (2, 4):
-            raise ValueError(f"stem_stride must be 2 or 4, got {stride}")
+        strides = to_sizes("stem_stride", stride, rank)
+        if not {*strides} <= {1, 2, 4}:
+            raise ValueError(f"stem_stride must be 1, 2 or 4, or one of them for each axis, got {stride}")
+        first = tuple(min(2, side) for side in strides)
+        second = tuple(side // taken for side, taken in zip(strides, first, strict=True))
         self.proj = nn.Sequential(
-            nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1, **dd),
-            nn.Conv2d(dim // 2, dim, 3, stride=stride // 2, padding=1, **dd),
+            CONV[rank](in_chans, dim // 2, 3, stride=first, padding=1, **dd),
+            CONV[rank](dim // 2, dim, 3, stride=second, padding=1, **dd),
         )
-        self.norm = _LayerNorm2d(dim, **dd)
+        self.norm = LAYER_NORM[rank](dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels last, as the blocks have them
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)  # channels last, as the blocks have them
         return self.norm(self.proj(x))
 
 
 class ConvDownsample(nn.Module):
-    """Overlapping 3x3 convolution with stride 2, then LayerNorm."""
+    """Overlapping convolution, 3 tokens wide, with stride 2, then LayerNorm."""
 
-    def __init__(self, dim: int, dim_out: int, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, dim_out: int, rank: int = 2, device=None, dtype=None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        self.reduction = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1, bias=False, **dd)
-        self.norm = _LayerNorm2d(dim_out, **dd)
+        self.reduction = CONV[rank](dim, dim_out, 3, stride=2, padding=1, bias=False, **dd)
+        self.norm = LAYER_NORM[rank](dim_out, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.reduction(x))
 
 
 class NATStage(nn.Module):
-    """An optional downsampler followed by blocks; NCHW in and out, channels last in memory."""
+    """An optional downsampler followed by blocks; channels first in and out, channels last in memory."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[NATBlock]) -> None:
         super().__init__()
@@ -87,12 +99,12 @@ class NATStage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
+        x = self.downsample(x).movedim(1, -1)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
+        return x.movedim(-1, 1)
 
 
 class NAT(nn.Module):
@@ -117,7 +129,7 @@ class NAT(nn.Module):
         dilations: see `resolve_dilations`; an explicit list of an isotropic model is flat, one entry per block.
         qkv_bias: bias in the qkv projection.
         ls_init_value: initial layer scale, None for no layer scale.
-        stem_stride: pixels per token of the first level; 2 or 4 with the convolutional stem.
+        stem_stride: pixels per token of the first level, or one for each axis; 1, 2 or 4 with the convolutional stem.
         isotropic: levels neither downsample nor widen. One block each, they make every block a feature level, as in
             ViTs.
         stage_norm: LayerNorm on each intermediate feature map (`norm0`, `norm1`, ...), for dense prediction, as in the
@@ -136,6 +148,10 @@ class NAT(nn.Module):
         ValueError: an impossible `output_stride`, `img_size` or `kernel_size`, or `dilations` that do not fit `depths`.
     """
 
+    rank = 2  # axes of the image
+    size_argument = "img_size"
+    inflation: str | None = None  # how weights of a model of maps enter one of volumes, see `checkpoints.fit`
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -151,7 +167,7 @@ class NAT(nn.Module):
         dilations: Dilations = 1,
         qkv_bias: bool = True,
         ls_init_value: float | None = None,
-        stem_stride: int = 4,
+        stem_stride: int | Sequence[int] = 4,
         isotropic: bool = False,
         stage_norm: bool = False,
         drop_rate: float = 0.0,
@@ -172,10 +188,10 @@ class NAT(nn.Module):
         if len(num_heads) != num_levels:
             raise ValueError(f"num_heads must have one entry per level, {num_levels} as depths, got {num_heads}")
         growth = [1 if isotropic else 2**i for i in range(num_levels)]
-        if output_stride not in (None, stem_stride * growth[-1]):
-            raise ValueError(
-                f"output_stride must be {stem_stride * growth[-1]}, the natural one of this model, got {output_stride}"
-            )
+        strides = to_sizes("stem_stride", stem_stride, self.rank)
+        natural = max(strides) * growth[-1]
+        if output_stride not in (None, natural):
+            raise ValueError(f"output_stride must be {natural}, the natural one of this model, got {output_stride}")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -184,10 +200,10 @@ class NAT(nn.Module):
         dims = [embed_dim * g for g in growth]
         self.num_features = dims[-1]
         self.feature_info = [
-            dict(num_chs=dim, reduction=stem_stride * g, module=f"levels.{i}")
+            dict(num_chs=dim, reduction=max(strides) * g, strides=tuple(g * s for s in strides), module=f"levels.{i}")
             for i, (dim, g) in enumerate(zip(dims, growth, strict=True))
         ]
-        self.img_size = to_pair("img_size", img_size)
+        self.img_size = to_sizes(self.size_argument, img_size, self.rank)
         self.full_attention = kernel_size is None
         self.dilation_policy = dilations
         kernel_sizes = self._kernel_sizes(kernel_size)
@@ -214,6 +230,7 @@ class NAT(nn.Module):
                             act_layer=get_act_layer(act_layer),
                             norm_layer=norm_layer,
                             backend=backend,
+                            rank=self.rank,
                             **dd,
                         )
                         for dilation, drop_path in zip(self.dilations[i], drop_paths[i], strict=True)
@@ -225,18 +242,21 @@ class NAT(nn.Module):
         self.stage_norm = stage_norm
         if stage_norm:
             for i, dim in enumerate(dims):
-                self.add_module(f"norm{i}", _LayerNorm2d(dim, **dd))
-        self.norm = _LayerNorm2d(self.num_features, **dd)
+                self.add_module(f"norm{i}", LAYER_NORM[self.rank](dim, **dd))
+        self.norm = LAYER_NORM[self.rank](self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         named_apply(init_weights, self)
 
-    def _feature_sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each level's map at `img_size`, in tokens."""
-        return [tuple(math.ceil(side / info["reduction"]) for side in self.img_size) for info in self.feature_info]
+    def _feature_sizes(self) -> list[tuple[int, ...]]:
+        """The sides of each level's map at `img_size`, in tokens."""
+        return [
+            tuple(math.ceil(side / stride) for side, stride in zip(self.img_size, info["strides"], strict=True))
+            for info in self.feature_info
+        ]
 
-    def _kernel_sizes(self, kernel_size: int | Sequence[int] | None) -> list[tuple[int, int]]:
-        """(height, width) of each level's window, in tokens."""
+    def _kernel_sizes(self, kernel_size: int | Sequence[int | Sequence[int]] | None) -> list[tuple[int, ...]]:
+        """The sides of each level's window, in tokens."""
         if self.full_attention:
             return self._feature_sizes()
         if not isinstance(kernel_size, Sequence) or isinstance(kernel_size, str):
@@ -245,16 +265,16 @@ class NAT(nn.Module):
             raise ValueError(
                 f"kernel_size must be one int or one per level, {len(self.feature_info)}, got {kernel_size}"
             )
-        return [to_pair("kernel_size", window) for window in kernel_size]
+        return [to_sizes("kernel_size", window, self.rank) for window in kernel_size]
 
-    def _dilations(self, depths: Sequence[int], kernel_sizes: Sequence[tuple[int, int]]) -> list[list]:
+    def _dilations(self, depths: Sequence[int], kernel_sizes: Sequence[tuple[int, ...]]) -> list[list]:
         """The dilation of every block, one list per level."""
-        policy, sizes = self.dilation_policy, self._feature_sizes()
+        policy, sizes, per_axis = self.dilation_policy, self._feature_sizes(), self.rank > 2
         if not self.isotropic:
-            return resolve_dilations(policy, depths, kernel_sizes, sizes)
+            return resolve_dilations(policy, depths, kernel_sizes, sizes, per_axis)
         if not isinstance(policy, (numbers.Integral, str)):  # flat, or one list per level as in `self.dilations`
             policy = [[d[0] if isinstance(d, Sequence) and len(d) == 1 else d for d in policy]]
-        return [[d] for d in resolve_dilations(policy, [sum(depths)], kernel_sizes[:1], sizes[:1])[0]]
+        return [[d] for d in resolve_dilations(policy, [sum(depths)], kernel_sizes[:1], sizes[:1], per_axis)[0]]
 
     @torch.jit.ignore
     def set_input_size(
@@ -277,8 +297,14 @@ class NAT(nn.Module):
         Raises:
             ValueError: `img_size`, `kernel_size` or `dilations` do not fit the model, which is then left as it was.
         """
+        self._set_windows(img_size, kernel_size, dilations)
+        update_model_input_size(self, self.img_size, kernel_size=kernel_size, dilations=dilations)
+
+    def _set_windows(
+        self, size: int | Sequence[int] | None, kernel_size: int | Sequence[int] | None, dilations: Dilations | None
+    ) -> None:
         before = self.img_size, self.dilation_policy
-        self.img_size = self.img_size if img_size is None else to_pair("img_size", img_size)
+        self.img_size = self.img_size if size is None else to_sizes(self.size_argument, size, self.rank)
         self.dilation_policy = self.dilation_policy if dilations is None else dilations
         try:
             current = [tuple(level.blocks[0].attn.kernel_size) for level in self.levels]
@@ -292,7 +318,6 @@ class NAT(nn.Module):
         for level, level_kernel, level_dilations in zip(self.levels, kernel_sizes, self.dilations, strict=True):
             for block, dilation in zip(level.blocks, level_dilations, strict=True):
                 resize_window(block.attn, level_kernel, dilation)
-        update_model_input_size(self, self.img_size, kernel_size=kernel_size, dilations=dilations)
 
     @torch.jit.ignore
     def load_pretrained(self, path: str) -> None:
@@ -357,15 +382,15 @@ class NAT(nn.Module):
         """Features of the selected levels, each taken before the next level's downsampler.
 
         Args:
-            x: images (batch, in_chans, height, width).
+            x: images (batch, in_chans, *sides).
             indices: the last n levels if int, all if None, these if a sequence (negative ones count from the end).
             norm: apply the final norm to the last level's features (`stage_norm` models norm all of them regardless).
             stop_early: do not run the levels after the last one selected.
-            output_fmt: "NCHW".
+            output_fmt: "NCHW": channels first, whatever the number of axes.
             intermediates_only: return the intermediate features only.
 
         Returns:
-            Intermediates (batch, channels, height, width), preceded by the final features unless `intermediates_only`.
+            Intermediates (batch, channels, *sides), preceded by the final features unless `intermediates_only`.
         """
         if output_fmt != "NCHW":
             raise ValueError(f'output_fmt must be "NCHW", got {output_fmt!r}')
@@ -411,16 +436,18 @@ class NAT(nn.Module):
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         if self.full_attention:
             message = f"images must have the size of the bias tables, {self.img_size}; call set_input_size for another"
-            torch._assert(x.shape[-2] == self.img_size[0], message)
-            torch._assert(x.shape[-1] == self.img_size[1], message)
+            for axis, side in enumerate(self.img_size, start=2):
+                torch._assert(x.shape[axis] == side, message)
         return self.patch_embed(x)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (batch, in_chans, height, width) to normed features (batch, num_features, height / 32, width / 32)."""
+        """Images (batch, in_chans, *sides) to normed features (batch, num_features, *sides / 32)."""
         return self.norm(self.levels(self._embed(x)))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Features to logits (batch, num_classes), or to pooled features (batch, num_features)."""
+        if self.head.global_pool.pool_type:  # timm's pools are of two axes, and all that there are is one of them
+            x = x.flatten(2, -2)
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -429,11 +456,11 @@ class NAT(nn.Module):
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights of any layout that these models exist in, ready for `model`; see `dinat.checkpoints.fit`."""
-    return checkpoints.fit(state_dict, model)
+    return checkpoints.fit(state_dict, model, model.inflation)
 
 
-def create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
-    """Build a model; `kwargs` are those of `NAT` and of timm's `build_model_with_cfg` (`features_only`, ...).
+def create_nat(variant: str, pretrained: bool = False, *, family: type[NAT] = NAT, **kwargs) -> NAT:
+    """Build a model; `kwargs` are those of `family` and of timm's `build_model_with_cfg` (`features_only`, ...).
 
     Published weights are found and read by `dinat.checkpoints`, and loaded by timm.
     """
@@ -453,7 +480,7 @@ def create_nat(variant: str, pretrained: bool = False, **kwargs) -> NAT:
         kwargs["pretrained_cfg_overlay"] = overlay | found
     try:
         return build_model_with_cfg(
-            NAT,
+            family,
             variant,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,

@@ -309,3 +309,17 @@ def test_tune(monkeypatch, tmp_path):
     assert configs.choose(classes[0]) == fastest
     assert configs.choose(classes[0]._replace(window=25)) != fastest
     configs.user_configs.cache_clear()
+
+
+def test_model_of_volumes():
+    """Odd sides, and an axis that is shorter than its dilated window."""
+    from dinat.models import VolumeNAT
+
+    options = dict(embed_dim=16, depths=(1,), num_heads=(1,), num_classes=3, kernel_size=3, stem_stride=2)
+    ours, reference = (
+        VolumeNAT(dilations=[[(1, 1, 2)]], backend=backend, **options).eval() for backend in ("triton", "reference")
+    )
+    reference.load_state_dict(ours.state_dict())
+    volume = torch.randn(1, 1, 5, 7, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(volume), reference(volume), atol=1e-6, rtol=1e-5)

@@ -128,13 +128,14 @@ def rename(key: str, names: list[tuple]) -> str:
 class Shape:
     """What the shapes of a state dict in our layout tell of the architecture; dilations are not in the weights.
 
-    `kernel_size` is (height, width) per level, in tokens; `num_classes` is 0 without a classifier.
+    `kernel_size` is (height, width) per level, in tokens, or (depth, height, width); `num_classes` is 0 without a
+    classifier.
     """
 
     embed_dim: int
     depths: tuple[int, ...]
     num_heads: tuple[int, ...]
-    kernel_size: tuple[tuple[int, int], ...]
+    kernel_size: tuple[tuple[int, ...], ...]
     mlp_ratio: float
     layer_scale: bool
     stage_norm: bool

@@ -228,10 +228,12 @@ def test_list_and_info_refuse(dinat):
 
 def test_info_of_every_model(dinat):
     """Tags and full attention included."""
-    for name in ("dinat_large.shi_in22k", "vitrpb_small", "dinat_pico"):
+    for name in ("dinat_large.shi_in22k", "vitrpb_small", "dinat_pico", "dinat_3d_pico"):
         status, out, err = dinat("info", name)
         assert status == 0, err
         assert out.splitlines()[0].split()[1].startswith(name)
+    assert "0.2 G at 28 x 28 x 28 voxels" in out
+    assert "1x1x1 4x4x4 | 1x1x1 2x2x2 |" in out
 
 
 def test_download_refuses(dinat, hub):
