@@ -20,11 +20,12 @@ import logging
 import math
 import os
 import pickle
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +78,9 @@ class Packed:
 class CocoFile(Dataset):
     """What objects and panoptic segments have in common: a JSON file with images and categories, a folder of images.
 
+    Other data in this format differ in where the files are: a subclass says it in `annotation_files` and
+    `image_folders`, patterns below `root`, the best first, where {split} is each of the split's names.
+
     Args:
         root: the folder that holds everything.
         split: "train" or "validation", or one of their usual synonyms.
@@ -93,7 +97,8 @@ class CocoFile(Dataset):
         UserError: as the module says.
     """
 
-    prefix: str  # of the file's name in COCO's layout
+    annotation_files: ClassVar[tuple[str, ...]]
+    image_folders: ClassVar[tuple[str, ...]] = ("{split}", "images/{split}")
 
     def __init__(
         self, root: str | Path, split: str, *, annotations: str | None = None, images: str | None = None,
@@ -107,7 +112,7 @@ class CocoFile(Dataset):
         self.classes = [category["name"] for category in self.categories]
         self.category_ids = [category["id"] for category in self.categories]
         self.labels = {number: label for label, number in enumerate(self.category_ids)}
-        found = {image["id"]: image for image in content["images"]}
+        found = {image["id"]: image | {"file_name": self._file_name(image)} for image in content["images"]}
         self.problems: list[Problem] = []
         per_image = self._annotations(content["annotations"], found)
         self._refuse_or_say(on_bad)
@@ -143,30 +148,35 @@ class CocoFile(Dataset):
     def _target(self, image: Record, annotations: list[Record]) -> Target:
         raise NotImplementedError
 
+    def _file_name(self, image: Record) -> str:
+        """The file of an image, below the folder of images."""
+        return image["file_name"]
+
     def _annotation_file(self, name: str | None) -> Path:
         if name is not None:
             return first_existing([self.root / name], "annotation file")
-        folder = self.root / "annotations"
-        for split in split_names(self.split):
-            if (roboflow := self.root / split / ROBOFLOW).exists() and self.prefix == CocoObjects.prefix:
-                return roboflow
-            for pattern in (f"{self.prefix}{split}*.json", f"{split}.json"):
-                if len(found := sorted(folder.glob(pattern))) > 1:
-                    names = ", ".join(path.name for path in found)
-                    raise UserError(f"{folder} has several annotation files for {split}: {names}. Name the one to use.")
+        names = split_names(self.split)
+        for split in names:
+            for pattern in self.annotation_files:
+                if len(found := sorted(self.root.glob(pattern.format(split=split)))) > 1:
+                    files = ", ".join(path.name for path in found)
+                    raise UserError(
+                        f"{found[0].parent} has several annotation files for {split}: {files}. Name the one to use."
+                    )
                 if found:
                     return found[0]
-        splits = ", ".join(split_names(self.split))
-        places = f"{folder}/{self.prefix}SPLIT*.json, {folder}/SPLIT.json, {self.root}/SPLIT/{ROBOFLOW}"
-        raise UserError(f"{self.split}: no annotation file. Looked for {places} with SPLIT = {splits}.")
+        places = ", ".join(f"{self.root}/{pattern.format(split='SPLIT')}" for pattern in self.annotation_files)
+        raise UserError(f"{self.split}: no annotation file. Looked for {places} with SPLIT = {', '.join(names)}.")
 
     def _image_folder(self, name: str | None) -> Path:
         if name is not None:
             return first_existing([self.root / name], "folder of images")
         if self.file.name == ROBOFLOW:
             return self.file.parent
-        splits = (self.file.stem.removeprefix(self.prefix), *split_names(self.split))
-        places = (place for split in splits for place in (self.root / split, self.root / "images" / split))
+        names = split_names(self.split)
+        in_file = re.search(rf"(?:{'|'.join(names)})\w*$", self.file.stem)  # train2017 of instances_train2017
+        splits = [in_file[0], *names] if in_file else names
+        places = (self.root / place.format(split=split) for split in splits for place in self.image_folders)
         return first_existing(places, f"folder of images for {self.file}")
 
     def _where(self, image: Record, annotation: Any = None) -> str:
@@ -213,7 +223,7 @@ class CocoObjects(CocoFile):
         others: as `CocoFile`.
     """
 
-    prefix = "instances_"
+    annotation_files = (f"{{split}}/{ROBOFLOW}", "annotations/instances_{split}*.json", "annotations/{split}.json")
 
     def __init__(self, root: str | Path, split: str, *, masks: bool | None = None, **options: Any) -> None:
         self.masks = masks
@@ -306,7 +316,8 @@ class CocoPanoptic(CocoFile):
         things: which of the classes are things, by `isthing` of the categories.
     """
 
-    prefix = "panoptic_"
+    annotation_files = ("annotations/panoptic_{split}*.json", "annotations/{split}.json")
+    covered: ClassVar[bool] = False  # whether segments may have no pixel; they are missed in evaluation, as in COCO's
 
     def __init__(self, root: str | Path, split: str, *, segments: str | None = None, **options: Any) -> None:
         self.segments = segments
@@ -318,8 +329,7 @@ class CocoPanoptic(CocoFile):
 
     def _annotations(self, annotations: Iterable[Record], images: dict[int, Record]) -> dict[int, list[Record]]:
         annotations = list(annotations)
-        own = self.root / self.segments if self.segments else self.file.with_suffix("")
-        self.png_folder = first_existing([own, self.root / own.name], f"folder of PNG files for {self.file}")
+        self.png_folder = first_existing(self._png_folders(), f"folder of PNG files for {self.file}")
         _refuse_shared_ids(self.file, "annotations", annotations, "image_id")
         missing, files = self._missing_files(images.values()), set(os.listdir(self.png_folder))
         per_image: dict[int, list[Record]] = {}
@@ -341,6 +351,11 @@ class CocoPanoptic(CocoFile):
         for number in images.keys() - {annotation["image_id"] for annotation in annotations}:
             self.problems.append(Problem(self._where(images[number]), "has no annotation"))
         return per_image
+
+    def _png_folders(self) -> list[Path]:
+        """Where the PNG files may be."""
+        own = self.root / self.segments if self.segments else self.file.with_suffix("")
+        return [own, self.root / own.name]
 
     def _wrong(self, annotation: Record, image: Record | None, files: set[str]) -> str | None:
         if image is None:
@@ -371,7 +386,7 @@ class CocoPanoptic(CocoFile):
         numbers = np.array([segment["id"] for segment in annotations], np.int64)
         if len(unknown := np.setdiff1d(ids, [0, *numbers])):
             raise ValueError(f"{self._where(image)}: {path} has the id {unknown[0]}, which no segment has")
-        if len(absent := np.setdiff1d(numbers, ids)):
+        if not self.covered and len(absent := np.setdiff1d(numbers, ids)):
             raise ValueError(f"{self._where(image)}: segment {absent[0]} has no pixel in {path}")
         return {
             "masks": tv_tensors.Mask(torch.from_numpy(ids == numbers[:, None, None])),
@@ -402,8 +417,8 @@ def read_json(path: Path) -> dict[str, list[Record]]:
         sides = [image.get("height"), image.get("width")]
         if not isinstance(image.get("file_name"), str) or not all(isinstance(side, int) and side > 0 for side in sides):
             raise UserError(f"{path}: image {image.get('id')}: file_name, height and width are needed; it has {image}.")
-    for key in ("images", "categories"):
-        _refuse_shared_ids(path, key, content[key])
+    _refuse_shared_ids(path, "images", content["images"])
+    _refuse_shared_ids(path, "categories", content["categories"])
     return content
 
 
@@ -433,10 +448,11 @@ def _categories(path: Path, categories: list[Record], classes: Sequence[str] | N
 
 
 def _refuse_shared_ids(path: Path, kind: str, entries: Iterable[Record], key: str = "id") -> None:
+    of_images = kind == "images" or key == "image_id"  # which may have names: those of ADE20K, Cityscapes, Mapillary do
     numbers = Counter(entry.get(key) for entry in entries)
     for number, count in numbers.items():
-        if not isinstance(number, int):
-            raise UserError(f"{path}: {kind}: {key} {number} is not an integer.")
+        if not isinstance(number, int | str if of_images else int):
+            raise UserError(f"{path}: {kind}: {key} {number} is not an integer{' or a name' if of_images else ''}.")
         if count > 1:
             raise UserError(f"{path}: {count} {kind} have the {key} {number}.")
 

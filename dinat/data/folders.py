@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +49,35 @@ def read_image(path: Path) -> tv_tensors.Image:
     """An image file as uint8 (3, H, W)."""
     pixels = np.array(open_image(path))
     return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+
+
+def named_files(folder: Path, endings: Collection[str]) -> dict[str, Path]:
+    """Path below the folder, without its ending -> file, sorted; other files are no data.
+
+    Raises:
+        UserError: where there is none, or two have the same name.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder).as_posix()
+        ending = next((ending for ending in endings if place.lower().endswith(ending.lower())), None)
+        if ending is not None:
+            if (name := place[: -len(ending)]) in files:
+                raise UserError(f"{path} and {files[name].name} have the same name.")
+            files[name] = path
+    if not files:
+        raise UserError(f"{folder}: holds no files of the kinds {', '.join(sorted(endings))}.")
+    return files
+
+
+def pair_files(images: dict[str, Path], masks: dict[str, Path]) -> list[tuple[Path, Path]]:
+    """Images and masks of the same names.
+
+    Raises:
+        UserError: for one without the other.
+    """
+    alone = [f"{path}: has no mask" for name, path in images.items() if name not in masks]
+    alone += [f"{path}: has no image" for name, path in masks.items() if name not in images]
+    if alone:
+        raise UserError(f"{alone[0]} of the same name ({len(alone)} such files). Add or remove them.")
+    return [(path, masks[name]) for name, path in images.items()]

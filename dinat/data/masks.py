@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from dinat.data.folders import existing_root, first_existing, read_image, split_names
+from dinat.data.folders import existing_root, first_existing, named_files, pair_files, read_image, split_names
 from dinat.data.images import image_endings
 from dinat.errors import UserError
 
@@ -35,6 +35,7 @@ class SemanticFolder(Dataset):
         classes: names in the order of the labels, or a file with a name per line below `root`; by default classes.txt.
         ignore_label: value of pixels that count nowhere.
         reduce_zero_label: 0 counts nowhere and labels begin at 1, as in ADE20K.
+        image_ending, mask_ending: what follows the common name, such as _mask.png; by default any of the usual endings.
 
     Attributes:
         classes: names in the order of the labels.
@@ -46,6 +47,7 @@ class SemanticFolder(Dataset):
     def __init__(
         self, root: str | Path, split: str, *, images: str | None = None, masks: str | None = None,
         classes: Sequence[str] | str | None = None, ignore_label: int | None = IGNORED, reduce_zero_label: bool = False,
+        image_ending: str | None = None, mask_ending: str | None = None,
     ) -> None:  # fmt: skip
         self.root = existing_root(root)
         folders = [self.root / "images" / name for name in split_names(split)]
@@ -59,17 +61,15 @@ class SemanticFolder(Dataset):
         if len(self.classes) > IGNORED:
             raise UserError(f"{len(self.classes)} classes: at most {IGNORED} fit into a map of bytes.")
         self.values = _label_of_values(len(self.classes), ignore_label, reduce_zero_label)
-        self.pairs = _pair(_files(self.images, image_endings()), _files(self.masks, MASK_FILES))
+        endings = ([image_ending] if image_ending else image_endings(), [mask_ending] if mask_ending else MASK_FILES)
+        self.pairs = pair_files(*map(named_files, (self.images, self.masks), endings))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[tv_tensors.Image, dict[str, Any]]:
         image_path, mask_path = self.pairs[index]
-        image, values = read_image(image_path), read_labels(mask_path)
-        if values.shape != image.shape[-2:]:
-            (height, width), (rows, columns) = values.shape, image.shape[-2:]
-            raise ValueError(f"{mask_path}: has {width} x {height} pixels, its image {image_path} {columns} x {rows}")
+        image, values = read_pair(image_path, mask_path)
         if len(unlisted := np.setdiff1d(values, list(self.values))):
             known = f"{len(self.classes)} classes ({min(self.values)} to {max(self.values)})"
             raise ValueError(
@@ -85,16 +85,21 @@ class SemanticFolder(Dataset):
         return str(path if absolute else path.relative_to(self.images))
 
 
-def read_labels(path: Path) -> np.ndarray:
-    """The integers (H, W) that a mask file holds; of a palette image, its indices.
+def read_pair(image_path: Path, mask_path: Path) -> tuple[tv_tensors.Image, np.ndarray]:
+    """An image (3, H, W) and the integers (H, W) that its mask file holds; of a palette image, its indices.
 
     Raises:
-        ValueError: for a picture in colours.
+        ValueError: for a mask in colours, or of another size than the image.
     """
-    with Image.open(path) as image:
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(f"{path}: a mask has one number per pixel; this image has mode {image.mode}")
-        return np.array(image).astype(np.int64)
+    image = read_image(image_path)
+    with Image.open(mask_path) as mask:
+        if mask.mode not in ("1", "L", "P", "I", "I;16"):
+            raise ValueError(f"{mask_path}: a mask has one number per pixel; this image has mode {mask.mode}")
+        values = np.array(mask).astype(np.int64)
+    if values.shape != image.shape[-2:]:
+        (height, width), (rows, columns) = values.shape, image.shape[-2:]
+        raise ValueError(f"{mask_path}: has {width} x {height} pixels, its image {image_path} {columns} x {rows}")
+    return image, values
 
 
 def read_names(root: Path, classes: Sequence[str] | str | None) -> list[str]:
@@ -132,24 +137,3 @@ def _label_of_values(count: int, ignore_label: int | None, reduce_zero_label: bo
     if ignore_label is not None:
         labels[ignore_label] = IGNORED
     return labels
-
-
-def _files(folder: Path, suffixes: Sequence[str] | set[str]) -> dict[Path, Path]:
-    """Path below the folder, without suffix -> file, sorted."""
-    files: dict[Path, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in suffixes:
-            if (name := path.relative_to(folder).with_suffix("")) in files:
-                raise UserError(f"{path} and {files[name].name} have the same name.")
-            files[name] = path
-    if not files:
-        raise UserError(f"{folder}: holds no files of the kinds {', '.join(sorted(suffixes))}.")
-    return files
-
-
-def _pair(images: dict[Path, Path], masks: dict[Path, Path]) -> list[tuple[Path, Path]]:
-    alone = [f"{path}: has no mask" for name, path in images.items() if name not in masks]
-    alone += [f"{path}: has no image" for name, path in masks.items() if name not in images]
-    if alone:
-        raise UserError(f"{alone[0]} of the same name ({len(alone)} such files). Add or remove them.")
-    return [(path, masks[name]) for name, path in images.items()]

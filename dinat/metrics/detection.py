@@ -38,7 +38,7 @@ class DetectionMetric:
     def __init__(self, classes: Sequence[str], masks: bool = True) -> None:
         self.classes = list(classes)
         self.kinds = ("box", "mask") if masks else ("box",)
-        self.images: dict[int, Image] = {}
+        self.images: dict[int | str, Image] = {}
 
     def update(self, predictions: Sequence[dict[str, Any]], targets: Sequence[dict[str, Any]]) -> None:
         """Keeps what was found (`boxes`, `scores`, `labels`, `masks`) and what is there, image by image.
@@ -50,7 +50,7 @@ class DetectionMetric:
             ValueError: for an image that was counted before.
         """
         for prediction, target in zip(predictions, targets, strict=True):
-            image = int(target["image_id"])
+            image = target["image_id"]
             if image in self.images:
                 raise ValueError(f"image {image} is counted twice")
             objects = self._records(target)
@@ -97,24 +97,25 @@ class DetectionMetric:
 
     def _evaluate(self, world: World) -> dict[str, Any]:
         """A finished COCOeval for each kind, over the images of all processes."""
-        images: dict[int, Image] = {}
+        images: dict[int | str, Image] = {}
         for share in world.gather(self.images):
             if twice := images.keys() & share.keys():
-                raise ValueError(f"image {min(twice)} is counted by two processes")
+                raise ValueError(f"image {next(iter(twice))} is counted by two processes")
             images |= share
-        order = sorted(images)  # equal scores are ranked by it, so it must not depend on the division of the images
-        return {kind: self._evaluate_kind(kind, {image: images[image] for image in order}) for kind in self.kinds}
+        # equal scores are ranked by the order, so it must not depend on the division of the images
+        order = sorted(images, key=lambda image: (isinstance(image, str), image))
+        return {kind: self._evaluate_kind(kind, [images[image] for image in order]) for kind in self.kinds}
 
-    def _evaluate_kind(self, kind: str, images: dict[int, Image]) -> Any:
+    def _evaluate_kind(self, kind: str, images: Sequence[Image]) -> Any:
         library = rle.coco_eval()
         shape = "bbox" if kind == "box" else "segmentation"
-        objects = [{**record, "image_id": number} for number, image in images.items() for record in image.objects]
+        objects = [{**record, "image_id": number} for number, image in enumerate(images) for record in image.objects]
         detections = [
             {"image_id": number, "category_id": record["category_id"], "score": record["score"], shape: record[shape]}
-            for number, image in images.items()
+            for number, image in enumerate(images)
             for record in image.detections
         ]
-        sizes = [{"id": number, "height": image.size[0], "width": image.size[1]} for number, image in images.items()]
+        sizes = [{"id": number, "height": image.size[0], "width": image.size[1]} for number, image in enumerate(images)]
         truth = library.COCO({
             "images": sizes,
             "categories": [{"id": label, "name": name} for label, name in enumerate(self.classes)],

@@ -72,6 +72,8 @@ class DenseTask(Task):
         else:
             arguments = (self.data["root"], self.data["train_split" if split == "train" else "val_split"])
             options["classes"] = classes or options.get("classes")
+            if split != "train":  # every image is evaluated
+                options.pop("keep_empty", None)
         options = {key: value for key, value in options.items() if value is not None}
         try:
             return reader(*arguments, **options)

@@ -6,6 +6,8 @@ from typing import ClassVar
 
 from torch import nn
 
+from dinat.data.ade20k import Ade20kInstances
+from dinat.data.cityscapes import CityscapesInstances
 from dinat.data.coco import CocoObjects
 from dinat.data.scenes import DetectionScenes
 from dinat.errors import UserError
@@ -26,7 +28,12 @@ class Detection(DenseTask):
         "mask_ap50": "mask AP50",
         "mask_ap75": "mask AP75",
     }
-    readers: ClassVar = {"digit_scenes": DetectionScenes, "coco": CocoObjects}
+    readers: ClassVar = {
+        "digit_scenes": DetectionScenes,
+        "coco": CocoObjects,
+        "ade20k": Ade20kInstances,
+        "cityscapes": CityscapesInstances,
+    }
 
     def build_model(self) -> nn.Module:
         model = super().build_model()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from dinat.data.ade20k import Ade20kPanoptic
+from dinat.data.cityscapes import CityscapesPanoptic
 from dinat.data.coco import CocoPanoptic
+from dinat.data.mapillary import MapillaryPanoptic
 from dinat.data.scenes import PanopticScenes
 from dinat.metrics.panoptic import PanopticMetric
 from dinat.tasks.dense import DenseTask
@@ -16,7 +19,13 @@ class Panoptic(DenseTask):
     name = "panoptic"
     headline = "pq"
     labels: ClassVar[dict[str, str]] = {"pq": "PQ", "pq_things": "PQ things", "pq_stuff": "PQ stuff"}
-    readers: ClassVar = {"digit_scenes": PanopticScenes, "coco_panoptic": CocoPanoptic}
+    readers: ClassVar = {
+        "digit_scenes": PanopticScenes,
+        "coco_panoptic": CocoPanoptic,
+        "ade20k": Ade20kPanoptic,
+        "cityscapes": CityscapesPanoptic,
+        "mapillary": MapillaryPanoptic,
+    }
 
     def arguments(self) -> dict[str, Any]:
         return {**super().arguments(), "things": list(self.val_set.things)}

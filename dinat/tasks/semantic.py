@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from dinat.data.ade20k import Ade20kSemantic
+from dinat.data.cityscapes import CityscapesSemantic
+from dinat.data.mapillary import MapillarySemantic
 from dinat.data.masks import SemanticFolder
 from dinat.data.scenes import SemanticScenes
 from dinat.metrics.semantic import SemanticMetric
@@ -16,7 +19,13 @@ class Semantic(DenseTask):
     name = "semantic"
     headline = "miou"
     labels: ClassVar[dict[str, str]] = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
-    readers: ClassVar = {"digit_scenes": SemanticScenes, "masks": SemanticFolder}
+    readers: ClassVar = {
+        "digit_scenes": SemanticScenes,
+        "masks": SemanticFolder,
+        "ade20k": Ade20kSemantic,
+        "cityscapes": CityscapesSemantic,
+        "mapillary": MapillarySemantic,
+    }
 
     def check_details(self, *, per_class: bool, confusion: bool) -> None:
         """Both can be had."""
