@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 from functools import cache
+from importlib import metadata
 from types import ModuleType
 
 import torch
@@ -34,12 +35,23 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
+def _uninterpretable() -> str | None:
+    """Why Triton's interpreter does not work with the NumPy that is installed, or None if it does."""
+    triton, numpy = (tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of Triton before 3.7 needs NumPy before 2.4"
+    return None
+
+
 def unavailable(backend: str, device: torch.device | None = None) -> str | None:
     """Why `backend` cannot run (on tensors of `device`, if given), or None if it can."""
     if backend != "triton":
         return None
     if not _triton_installed():
         return "the package triton is not installed"
+    if _interpreting() and _uninterpretable():
+        return _uninterpretable()
     if device is None:
         return None if torch.cuda.is_available() or _interpreting() else "no CUDA or ROCm device"
     if device.type == "cuda" or (device.type == "cpu" and _interpreting()):
