@@ -3,7 +3,7 @@
 import gzip
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -42,6 +42,15 @@ def published_weights(published: dict, fill: ModuleType) -> Callable[..., dict[s
         return weights
 
     return published_weights
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New tensors are NaN, however they are made: what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # of its effects, the one that is wanted
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
