@@ -2,10 +2,12 @@
 
     python benchmarks/aot.py                      # everything, rewrites benchmarks/results/aot.csv
     python benchmarks/aot.py --arch sm_90 --only dinat_tiny.0 --output -
-    python benchmarks/aot.py --once --output -    # each configuration once: problems with other heads left out
+    python benchmarks/aot.py --once --output -    # each kernel once: those of other heads, or maps, left out
+    python benchmarks/aot.py --warm --arch sm_90  # no table: Triton's cache gets what models, tests and tuning launch
 
 Checks: no spills, shared memory within the architecture's limit, tensor-core instructions for 16-bit inputs.  Needs
-`triton` 3.6 or newer and PyTorch, and `kernels/` on PYTHONPATH or dinat installed.
+`triton` 3.6 or newer and PyTorch, and `kernels/` on PYTHONPATH or dinat installed.  Triton's own dispatcher
+compiles, for tensors of the device "meta", so that a launch finds its kernel in the cache; no GPU is touched.
 
 Columns: `kernel` is forward, or of the backward pass query (with the gradients of keys, values and bias where it can),
 rpb (the gradient of the bias where it cannot) or key.  A program does the same tile of `images` images.  Instruction
@@ -20,55 +22,104 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import paper
 import torch
 import triton
 from dinat_kernels.geometry import make_neighborhood
-from dinat_kernels.impl.fused import launch
+from dinat_kernels.impl.fused.configs import Config, shipped, user_configs
+from dinat_kernels.impl.fused.launch import Launch, forget_plans
+from dinat_kernels.tune import Layer, candidates, class_of, launches
 from problems import DEVICES, MODELS, Problem, floor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 BATCH = 128
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# Target, shared memory limit in bytes, and the GPU of the paper estimate with its multiprocessors and clock (Hz).
+
+
+class Architecture(NamedTuple):
+    target: GPUTarget
+    limits: paper.Limits
+    device: str | None  # of the paper estimate
+
+
 ARCHITECTURES = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10, ("A100", 108, 1.41e9)),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10, ("H200", 132, 1.83e9)),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10, ("B200", 148, 1.85e9)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10, None),
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), paper.Limits(163 << 10, 164 << 10), "A100"),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), paper.Limits(227 << 10, 228 << 10), "H200"),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), paper.Limits(227 << 10, 228 << 10), "B200"),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), paper.Limits(64 << 10), None),
 }
 # Mnemonics of NVIDIA's and AMD's assembly.
 KINDS = {
-    "matrix": r"[HQ]G?MMA|UTC\w*MMA|v_mfma",
-    "exp2": r"MUFU\.EX2|v_exp_f32",
+    "matrix": paper.MATRIX,
+    "exp2": paper.EXP2,
     "shared": r"LDS|STS|LDSM|STSM|LDTM|STTM|ds_(read|write)",
     "global": r"LDG|STG|(global|buffer)_(load|store)",
 }
 
 
-def cases() -> list[tuple[str, int, Problem | None, tuple[int, ...], dict, torch.dtype, int]]:
-    """name, heads, layer, lengths, window, dtype and head_dim of everything that is compiled."""
-    rows = []
-    for p in MODELS["dinat_tiny"]:
-        window = dict(kernel_size=p.kernel_size, dilation=p.dilation)
-        rows.append((p.name, p.heads, p, (p.side, p.side), window, torch.bfloat16, p.head_dim))
+class Case(NamedTuple):
+    """A problem whose kernels are compiled: views of a packed projection, heads that share nothing."""
+
+    name: str
+    lengths: tuple[int, ...]
+    window: dict
+    heads: int = 4
+    head_dim: int = 32
+    dtype: torch.dtype = torch.bfloat16
+    rpb_dtype: torch.dtype = torch.float32
+    batch: int = BATCH
+    kv_heads: int | None = None
+    value_dim: int | None = None
+    layer: Problem | None = None  # of the paper estimate
+    config: tuple[str, Config] | None = None  # class of problems, and its configuration instead of the shipped one
+
+    def launches(self, arch: str) -> list[Launch]:
+        """The kernels of a forward and a backward pass, on tensors without memory."""
+        user_configs().clear()
+        if self.config:
+            user_configs()[self.config[0]] = self.config[1]
+        forget_plans()
+        neighborhood = make_neighborhood(len(self.lengths), **self.window)
+        kv_heads, value_dim = self.kv_heads or self.heads, self.value_dim or self.head_dim
+        heads, dims = (self.heads, kv_heads, kv_heads), (self.head_dim, self.head_dim, value_dim)
+        sizes = [n * dim for n, dim in zip(heads, dims, strict=True)]
+        options = dict(dtype=self.dtype, device="meta")
+        packed = torch.empty(self.batch, *self.lengths, sum(sizes), **options).split(sizes, -1)
+        q, k, v = (x.unflatten(-1, (n, dim)) for x, n, dim in zip(packed, heads, dims, strict=True))
+        rpb = None
+        if not any(neighborhood.is_causal):
+            table = (self.heads, *[2 * k - 1 for k in neighborhood.kernel_size])
+            rpb = torch.empty(table, dtype=self.rpb_dtype, device="meta")
+        d_out = torch.empty(self.batch, *self.lengths, self.heads, value_dim, **options)
+        return launches(q, k, v, rpb, d_out, neighborhood, arch)
+
+
+def case_of(p: Problem, **fields: Any) -> Case:
+    """A layer of a model."""
+    window = dict(kernel_size=p.kernel_size, dilation=p.dilation)
+    return Case(p.name, (p.side, p.side), window, p.heads, p.head_dim, layer=p)._replace(**fields)
+
+
+def cases() -> list[Case]:
+    """What the table shows: the layers of DiNAT-Tiny, and at least one problem for each row of the configurations."""
+    rows = [case_of(p) for p in MODELS["dinat_tiny"]]
     halo7, halo11 = ((96, 96), dict(kernel_size=7)), ((96, 96), dict(kernel_size=11))
     dense7, dense11 = ((56, 56), dict(kernel_size=7, dilation=8)), ((88, 88), dict(kernel_size=11, dilation=8))
     causal = ((4096,), dict(kernel_size=64, is_causal=True))
     long = ((4096,), dict(kernel_size=256))
     volume = ((16, 32, 32), dict(kernel_size=3))
-    others = {  # at least one problem for each row of the table of configurations
+    others = {
         (torch.bfloat16, 32): dict(halo11=halo11, dense11=dense11, causal_1d=causal, long_1d=long, volume=volume),
         (torch.bfloat16, 64): dict(halo7=halo7, dense7=dense7, halo11=halo11, dense11=dense11, long_1d=long),
         (torch.bfloat16, 128): dict(halo7=halo7, dense7=dense7),
@@ -78,77 +129,66 @@ def cases() -> list[tuple[str, int, Problem | None, tuple[int, ...], dict, torch
         (torch.float32, 128): dict(halo7=halo7),
     }
     for (dtype, dim), problems in others.items():
-        rows += [(name, 4, None, lengths, window, dtype, dim) for name, (lengths, window) in problems.items()]
+        rows += [Case(name, lengths, window, head_dim=dim, dtype=dtype) for name, (lengths, window) in problems.items()]
     return rows
 
 
-def make_plan(kernel: str, arch: str, heads: int, lengths: tuple, window: dict, dtype: torch.dtype, dim: int):
-    """The plan of a problem whose q, k, v are views of one packed projection, and so are their gradients."""
-    neighborhood = make_neighborhood(len(lengths), **window)
-    packed = torch.empty(BATCH, *lengths, 3, heads, dim, dtype=dtype, device="meta").unbind(-3)[0]
-    layouts, grad_rows = [packed] * 3, ()
-    if kernel != "forward":
-        layouts, grad_rows = [*layouts, packed.contiguous()], (packed.stride(-3),) * 3
-    layouts = tuple((x.shape, x.stride()) for x in layouts)
-    with_bias = not any(neighborhood.is_causal)
-    return launch.make_plan(kernel, layouts, dtype, arch, neighborhood, with_bias, 1, "ieee", grad_rows)
+def cases_to_warm(arch: str) -> list[Case]:
+    """What a session with a GPU launches: layers of models, the GPU tests, candidates of tuning."""
+    tables = (torch.float32, torch.bfloat16)  # in training, and in a model cast to bf16
+    found = [case_of(p, rpb_dtype=dtype) for problems in MODELS.values() for p in problems for dtype in tables]
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "dinat_kernels"))
+    from test_triton_gpu import PROBLEMS
+
+    for name, (lengths, window, heads, kv_heads, head_dim, value_dim) in PROBLEMS.items():
+        for dtype in TYPES:
+            found.append(
+                Case(name, lengths, window, heads, head_dim, dtype, batch=2, kv_heads=kv_heads, value_dim=value_dim)
+            )
+    for dilation in (8, 1):
+        layer = Layer(56, 7, dilation)
+        for problem in dict.fromkeys(class_of(x, arch) for x in layer.launches(BATCH, "meta", arch)):
+            for config in candidates(shipped(problem)):
+                window = dict(kernel_size=7, dilation=dilation)
+                found.append(Case("tuning", (56, 56), window, layer.heads, config=(str(problem), config)))
+    return found
 
 
-def plans_of(arch: str, case: tuple) -> Callable[[str], launch.Plan]:
-    """`make_plan` of a case, which wants the kernel."""
-    _, heads, _, lengths, window, dtype, dim = case
-    return partial(make_plan, arch=arch, heads=heads, lengths=lengths, window=window, dtype=dtype, dim=dim)
+class _Driver:
+    """Answers what Triton's dispatcher asks of a GPU's driver before it compiles."""
+
+    def __init__(self, target: GPUTarget):
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: target  # Triton keeps what it compiled by device
+        self.get_current_stream = lambda device: 0
 
 
-def kernels(plan: Callable[[str], launch.Plan]) -> list[str]:
-    """The kernels that a problem needs, of all that there are."""
-    query = plan("query").constants
-    names = ["forward", "query"]
-    if query["HAS_RPB"] and not query["GRAD_RPB"]:
-        names.append("rpb")
-    return names if query["WHOLE"] else [*names, "key"]
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """Triton's compiled kernel: made by its dispatcher, so that the cache has it under the name of a real launch."""
+    triton.runtime.driver.set_active(_Driver(ARCHITECTURES[arch].target))
+    return launch.plan.kernel.warmup(*launch.arguments(), grid=launch.plan.grid, **launch.plan.options)
 
 
-def compile_plan(plan: launch.Plan, arch: str, dtype: torch.dtype):
-    """The compiled kernel of a plan."""
-    # What Triton's launcher would specialise on: ones, and divisibility by 16.
-    names = plan.kernel.arg_names
-    constants = dict(plan.constants)
-    fp32 = ("p_rpb", "p_drpb", "p_lse", "p_dlse", "p_delta")
-    pointers = {name: "*fp32" if name in fp32 else f"*{TYPES[dtype]}" for name in names if name.startswith("p_")}
-    integers = dict(zip(names[names.index("scale") + 1 :], plan.integers, strict=False))
-    signature, divisible = {}, []
-    for name in names:
-        if name in constants or integers.get(name) == 1:
-            signature[name] = "constexpr"
-            constants.setdefault(name, 1)
-        elif name in integers:
-            signature[name] = "i32" if integers[name] < 2**31 else "i64"
-        else:
-            signature[name] = pointers.get(name, "fp32")
-        if name in pointers or (signature[name] != "constexpr" and integers.get(name, 1) % 16 == 0):
-            divisible.append(name)
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    source = ASTSource(plan.kernel, signature, constants, attributes)
-    return triton.compile(source, target=ARCHITECTURES[arch][0], options=plan.options)
+def key(launch: Launch, *but: str) -> tuple:
+    """What Triton compiles by: equal keys, equal kernels.  `but` are names of constants that do not count."""
+    integers = tuple(1 if n == 1 else (n % 16 == 0, n >= 2**31) for n in launch.plan.integers)
+    constants = {name: value for name, value in launch.plan.constants.items() if name not in but}
+    dtypes = tuple(x.dtype for x in launch.tensors)
+    return launch.plan.name, integers, dtypes, str(constants), str(launch.plan.options)
 
 
-def without_repetition(work: list[tuple[str, tuple]]) -> list[tuple[str, tuple]]:
-    """The (architecture, case) pairs whose kernels differ from all before them in more than the number of heads."""
+def distinct(work: Iterable[tuple[str, Case]], *but: str) -> list[tuple[str, Case]]:
+    """The (architecture, case) pairs with a kernel that none before has, by `key`."""
     seen, kept = set(), []
     for arch, case in work:
-        plan = plans_of(arch, case)
-        keys = set()
-        for kernel in kernels(plan):
-            constants = {name: value for name, value in plan(kernel).constants.items() if name != "HEADS"}
-            keys.add((arch, case[5], kernel, str(constants), str(plan(kernel).options)))
+        keys = {(arch, *key(launch, *but)) for launch in case.launches(arch)}
         if not keys <= seen:
             kept.append((arch, case))
         seen |= keys
     return kept
 
 
-def _cuobjdump(kernel, *options: str) -> str:
+def _cuobjdump(kernel: Any, *options: str) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -156,8 +196,8 @@ def _cuobjdump(kernel, *options: str) -> str:
         return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def resources(kernel) -> tuple[int, int, list[tuple[int, str, int | None]]]:
-    """Registers, bytes spilled to memory, and the instructions: (address, mnemonic, branch target)."""
+def read_code(kernel: Any) -> paper.Compiled:
+    """Resources and instructions of a compiled kernel."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         registers, spills = (
@@ -169,84 +209,99 @@ def resources(kernel) -> tuple[int, int, list[tuple[int, str, int | None]]]:
             if label := re.match(r"(\.LBB\w+):", line):
                 labels[label[1]] = len(code)
             elif instruction := re.match(r"\t([a-z]\w+_\w+)(?:\s+(\.LBB\w+))?", line):
-                code.append((len(code), instruction[1], instruction[2]))
-        return registers, spills, [(at, name, labels.get(target)) for at, name, target in code]
+                code.append((len(code), instruction[1], "", instruction[2]))
+        code = [paper.Instruction(*rest, labels.get(label)) for *rest, label in code]
+        return paper.Compiled(registers, spills, kernel.metadata.shared, code)
     dump = _cuobjdump(kernel, "-res-usage", "-sass")
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", dump)[1]) for name in ("REG", "STACK", "LOCAL"))
     code = []
     for address, name, rest in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z]\w+[\w.]*)([^;]*);", dump):
         target = re.search(r"0x([0-9a-f]+)\s*$", rest) if name.startswith("BRA") else None
-        code.append((int(address, 16), name, int(target[1], 16) if target else None))
-    return registers, stack + local, code
+        code.append(paper.Instruction(int(address, 16), name, rest, int(target[1], 16) if target else None))
+    return paper.Compiled(registers, stack + local, kernel.metadata.shared, code)
 
 
-def split_loop(code: list[tuple[int, str, int | None]]) -> tuple[list[str], list[str]]:
-    """Mnemonics inside the longest loop with matrix instructions and outside of it; all are inside if there is none."""
-    loops = [(target, at) for at, _, target in code if target is not None and target < at]
-    matrix = [at for at, name, _ in code if re.match(KINDS["matrix"], name)] or [0]
-    loops = [(first, last) for first, last in loops if any(first <= at <= last for at in matrix)]
-    first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(-1, math.inf))
-    inside = [name for at, name, _ in code if first <= at <= last]
-    return inside, [name for at, name, _ in code if not first <= at <= last]
-
-
-def rows(arch: str, case: tuple) -> list[dict]:
+def rows(arch: str, case: Case) -> list[dict]:
     """Compile all kernels of one case and describe the results."""
-    name, _, layer, _, _, dtype, _ = case
-    plan = plans_of(arch, case)
-    return [row(arch, name, kernel, layer, plan(kernel), dtype) for kernel in kernels(plan)]
+    return describe(arch, case, [(launch, compile_launch(launch, arch)) for launch in case.launches(arch)])
 
 
-def row(arch: str, name: str, kernel: str, layer: Problem | None, plan: launch.Plan, dtype: torch.dtype) -> dict:
-    compiled = compile_plan(plan, arch, dtype)
-    registers, spills, code = resources(compiled)
-    inside, outside = split_loop(code)
-    constants = plan.constants
-    blocks = constants["BOX"][-1] if kernel != "rpb" else 1
-    counts = {kind: sum(bool(re.match(pattern, m)) for m in inside) for kind, pattern in KINDS.items()}
+def describe(arch: str, case: Case, compiled: Iterable[tuple[Launch, Any]]) -> list[dict]:
+    """A row for each of a case's launches and what Triton made of it."""
+    table = [row(arch, case, launch, kernel) for launch, kernel in compiled]
+    device = ARCHITECTURES[arch].device
+    if case.layer is not None and device is not None:
+        for mode in ("forward", "backward"):
+            of_pass = [entry for entry in table if (entry["kernel"] == "forward") == (mode == "forward")]
+            least = 1e6 * floor(case.layer, case.batch, DEVICES[device], mode=mode)
+            for entry in of_pass:
+                entry["floor_us"] = round(least, 1)
+                entry["paper_ratio"] = round(least / sum(other["time_us"] for other in of_pass), 2)
+    return table
+
+
+def row(arch: str, case: Case, launch: Launch, compiled_kernel: Any) -> dict:
+    plan = launch.plan
+    compiled = read_code(compiled_kernel)
+    counts = paper.counts_of(plan, compiled.code)
+    constants, kernel = plan.constants, plan.name
+    target = ARCHITECTURES[arch]
     result = dict(
         arch=arch,
-        dtype=TYPES[dtype],
-        head_dim=constants["HEAD_DIM"],
-        problem=name,
+        dtype=TYPES[case.dtype],
+        head_dim=case.head_dim,
+        problem=case.name,
         kernel=kernel,
         tile="x".join(map(str, constants["TILE"][:3])),
         block="{3}x{4}".format(*constants["BOX"]) + f"/{constants['BQ' if kernel == 'key' else 'BK']}",
-        blocks=blocks,
+        blocks=constants["BOX"][-1] if kernel != "rpb" else 1,
         images=plan.integers[-1],
-        **plan.options,
-        registers=registers,
-        spills=spills,
-        shared_bytes=compiled.metadata.shared,
-        **{f"block_{kind}": count for kind, count in counts.items()},
-        block_all=len(inside),
-        other=len(outside),
+        num_warps=plan.options["num_warps"],
+        num_stages=plan.options["num_stages"],
+        registers=compiled.registers,
+        spills=compiled.spills,
+        loop_spills=counts.loop_spills,
+        shared_bytes=compiled.shared,
+        in_flight=counts.in_flight,
+        **{f"block_{kind}": sum(bool(re.match(p, m)) for m in counts.body) for kind, p in KINDS.items()},
+        block_all=len(counts.body),
+        other=counts.other,
     )
-    if layer is not None and ARCHITECTURES[arch][2] is not None:
-        gpu, processors, clock = ARCHITECTURES[arch][2]
-        warps = plan.grid[0] * plan.options["num_warps"]
-        loops = blocks * plan.integers[-1]
-        issue = warps * (len(outside) + loops * len(inside)) / (4 * processors * clock)
-        exponentials = warps * 32 * loops * counts["exp2"] / DEVICES[gpu].exponentials
-        times = dict(issue_us=issue, exp2_us=exponentials)
-        if kernel == "forward":
-            least = times["floor_us"] = floor(layer, BATCH, DEVICES[gpu])
-        result |= {column: round(1e6 * seconds, 1) for column, seconds in times.items()}
-        if kernel == "forward":
-            result["paper_ratio"] = round(least / max(issue, exponentials, least), 2)
+    if target.device is None:
+        return result
+    warps = plan.options["num_warps"]
+    result["programs"] = paper.programs_per_processor(compiled, warps, target.limits)
+    if case.layer is not None:
+        moved = paper.traffic(plan, case.batch, case.layer.side**2, case.dtype.itemsize)
+        estimate = paper.estimate(plan, compiled, counts, DEVICES[target.device], target.limits, moved)
+        binds, waves = estimate.pop("binds"), estimate.pop("waves")
+        result |= dict(waves=round(waves, 2), dram_bytes=moved[0], l2_bytes=moved[1])
+        result |= {f"{name}_us": round(1e6 * seconds, 1) for name, seconds in estimate.items()}
+        result["binds"] = binds
     return result
 
 
 def faults(row: dict) -> list[str]:
     """What is wrong with a compiled configuration."""
-    limit = ARCHITECTURES[row["arch"]][1]
+    limit = ARCHITECTURES[row["arch"]].limits.program_shared
     found = {
-        f"{row['spills']} spills": row["spills"] > 0,
+        f"{row['loop_spills']} spills in a loop": row["loop_spills"] > 0,
         f"{row['shared_bytes']} bytes of shared memory, of {limit}": row["shared_bytes"] > limit,
         "no tensor-core instructions": row["dtype"] != "fp32" and not row["block_matrix"],
     }
     where = " ".join(str(row[column]) for column in ("arch", "dtype", "head_dim", "problem", "kernel"))
     return [f"{where}: {fault}" for fault, is_true in found.items() if is_true]
+
+
+def warm(arch: str, case: Case) -> str | None:
+    """Compile all kernels of one case; returns what does not compile, as some candidates of tuning do not."""
+    failed = []
+    for launch in case.launches(arch):
+        try:
+            compile_launch(launch, arch)
+        except Exception as error:
+            failed.append(f"{case.name} {launch.plan.name}: {type(error).__name__}: {str(error)[:100]}")
+    return "\n".join(failed) or None
 
 
 def main() -> None:
@@ -256,13 +311,26 @@ def main() -> None:
     parser.add_argument(
         "--once", action="store_true", help="leave out problems that differ in the number of heads alone"
     )
+    parser.add_argument("--warm", action="store_true", help="compile into Triton's cache what a GPU will be asked for")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "aot.csv"), help="- for the screen")
     args = parser.parse_args()
-    work = [(arch, case) for arch in args.arch for case in cases() if case[0].startswith(args.only)]
-    if args.once:
-        work = without_repetition(work)
+    work = [
+        (arch, case)
+        for arch in args.arch
+        for case in (cases_to_warm(arch) if args.warm else cases())
+        if case.name.startswith(args.only)
+    ]
+    if args.warm:
+        work = distinct(work)
+    elif args.once:
+        work = distinct(work, "HEADS")
     table = []
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        if args.warm:
+            failed = list(filter(None, pool.map(warm, *zip(*work, strict=True))))
+            print(f"{len(work)} problems compiled, {len(failed)} with failures", *failed, sep="\n")
+            return
         for entries in pool.map(rows, *zip(*work, strict=True)):
             table += entries
             for entry in entries:

@@ -24,7 +24,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SAMPLE = 2e-3  # seconds; on the CPU, shorter calls are repeated within a sample
-FLUSH = 1 << 30  # bytes written before each sample on a GPU: clears the L2 cache, and hides the time to launch
+# Written before each sample on a GPU, in bytes and times: clears the L2 cache, and keeps the GPU busy for a millisecond
+# or two while Python launches what is timed, so that no sample is one of Python.
+FLUSH, FLUSHES = 1 << 30, 5
 
 
 class Timing(NamedTuple):
@@ -57,11 +59,16 @@ def rounded(x: float, digits: int = 4) -> float:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """The columns that every row begins with: when, where and with which versions."""
+    """The columns that every row begins with: when, where and with which versions.
+
+    A folder without git has the revision that the environment variable DINAT_REVISION says.
+    """
 
     def output(*command: str) -> str:
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        return result.stdout.strip() if result.returncode == 0 else ""
+        try:
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # not installed, or nothing to say
+            return ""
 
     def version(package: str) -> str:
         try:
@@ -81,7 +88,7 @@ def facts(device: str) -> dict[str, Any]:
         torch=torch.__version__,
         triton=version("triton"),
         timm=version("timm"),
-        git=output("git", "describe", "--always", "--dirty", "--exclude=*"),
+        git=os.environ.get("DINAT_REVISION") or output("git", "describe", "--always", "--dirty", "--exclude=*"),
     )
 
 
@@ -99,12 +106,26 @@ def _seconds(run: Callable[[], object], device: str, repeats: int = 1) -> float:
             run()
         return (time.perf_counter() - start) / repeats
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.empty(FLUSH, dtype=torch.int8, device=device).zero_()
+    flushed = torch.empty(FLUSH, dtype=torch.int8, device=device)
+    for _ in range(FLUSHES):
+        flushed.zero_()
     begin.record()
     run()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1000
+
+
+def alone(run: Callable[[], object], device: str, samples: int = 30) -> float:
+    """Median of the seconds that `run` takes by itself: on a GPU replayed as a CUDA graph, without time to launch."""
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    return statistics.median(_seconds(run, device) for _ in range(samples))
 
 
 def warmed(run: Callable[[], object], device: str) -> Callable[[], float]:

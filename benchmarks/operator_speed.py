@@ -185,8 +185,9 @@ def build(kernel: str, with_rpb: bool, p: Problem, batch: int, mode: str, device
     inputs = list(torch.randn(batch, p.side, p.side, 3, p.heads, p.head_dim, **options).unbind(3))
     if transposed:
         inputs = [x.flatten(1, 2).transpose(1, 2).contiguous() for x in inputs]
-    if with_rpb:
-        inputs.append(torch.randn(p.heads, *[2 * p.kernel_size - 1] * 2, **options))
+    if with_rpb:  # float32 in training, as under autocast; in inference as the model, cast
+        table = torch.randn(p.heads, *[2 * p.kernel_size - 1] * 2, device=device)
+        inputs.append(table if mode == "training" else table.to(DTYPES[device]))
     inputs = [x.detach().requires_grad_(mode == "training") for x in inputs]
     run = function(p, *inputs[:3], inputs[3] if with_rpb else None)
     if mode == "forward":
@@ -209,7 +210,7 @@ def measure(p: Problem, batch: int, mode: str, args: argparse.Namespace) -> None
     timings = interleaved(builders, args.device, args.seconds, args.rounds)
     compared = next(iter(builders)) in timings
     for name, timing in timings.items():
-        bound = rounded(floor(p, batch, rates, training=mode == "training") / timing.median) if rates else ""
+        bound = rounded(floor(p, batch, rates, mode=mode) / timing.median) if rates else ""
         ratio = rounded(timing.ratio) if compared else ""
         columns = dict(kernel=name, ratio=ratio, **timing.columns(1e-6), floor_ratio=bound)
         append(args.output, started | problem | columns)

@@ -42,35 +42,54 @@ MAPS = [Problem(f"map{side}.d1", side, 2, 7, 1) for side in (14, 28, 56, 112, 22
 
 
 class Device(NamedTuple):
-    """Peak rates of a GPU, per second: bytes copied, FLOP of bf16 matrix products, exponentials."""
+    """Rates of a GPU, per second: bytes copied, FLOP of bf16 matrix products, bytes from its L2 cache; and its size."""
 
     bandwidth: float
     matrix: float
-    exponentials: float
+    l2: float
+    processors: int
+    clock: float
+
+    @property
+    def exponentials(self) -> float:
+        """16 per clock and multiprocessor."""
+        return 16 * self.processors * self.clock
+
+    @property
+    def instructions(self) -> float:
+        """Of warps: one per clock and scheduler, of which a multiprocessor has four."""
+        return 4 * self.processors * self.clock
 
 
-# Dense bf16 rates and memory bandwidth of the vendors' data sheets (bandwidth: 90 % of it, what a copy reaches);
-# exponentials: 16 per clock and multiprocessor.
+# Dense bf16 rates and memory bandwidth of the vendors' data sheets (bandwidth: 90 % of it, what a copy reaches).  The
+# rates of L2 caches are not published: 6.5 TB/s is assumed for Hopper, and as many bytes per clock and multiprocessor
+# for the others, until benchmarks/gpu_report.py has measured them.
+_L2 = 6.5e12 / (132 * 1.83e9)
 DEVICES = {
-    "A100": Device(0.9 * 2.0e12, 312e12, 16 * 108 * 1.41e9),
-    "H100": Device(0.9 * 3.35e12, 989e12, 16 * 132 * 1.83e9),
-    "H200": Device(0.9 * 4.8e12, 989e12, 16 * 132 * 1.83e9),
-    "B200": Device(0.9 * 8.0e12, 2250e12, 16 * 148 * 1.85e9),
+    "A100": Device(0.9 * 2.0e12, 312e12, _L2 * 108 * 1.41e9, 108, 1.41e9),
+    "H100": Device(0.9 * 3.35e12, 989e12, _L2 * 132 * 1.83e9, 132, 1.83e9),
+    "H200": Device(0.9 * 4.8e12, 989e12, _L2 * 132 * 1.83e9, 132, 1.83e9),
+    "B200": Device(0.9 * 8.0e12, 2250e12, _L2 * 148 * 1.85e9, 148, 1.85e9),
 }
 
 
-def floor(problem: Problem, batch: int, device: Device, element_size: int = 2, *, training: bool = False) -> float:
+# Pass -> tensors of the size of the query that are moved, products of a query and a key vector, exponentials of a pair.
+# The backward pass reads q, k, v, out and its gradient and writes three gradients; its products are five.
+PASSES = {"forward": (4, 2, 1), "backward": (8, 5, 1), "training": (12, 7, 2)}
+
+
+def floor(problem: Problem, batch: int, device: Device, element_size: int = 2, *, mode: str = "forward") -> float:
     """Seconds below which no implementation gets: the slowest of memory, products and exponentials of visible keys.
 
-    In training, a backward pass follows: it reads q, k, v, out and its gradient and writes three gradients, takes five
-    products to the forward pass's two, and exponentiates again.
+    Args:
+        mode: of `PASSES`; "training" is a forward and a backward pass.
     """
+    tensors, products, exponentials = PASSES[mode]
     tokens = batch * problem.side**2 * problem.heads
     pairs = tokens * problem.kernel_size**2
-    moved = (12 if training else 4) * tokens * problem.head_dim * element_size
-    flop = (14 if training else 4) * pairs * problem.head_dim
-    exponentials = (2 if training else 1) * pairs
-    return max(moved / device.bandwidth, flop / device.matrix, exponentials / device.exponentials)
+    moved = tensors * tokens * problem.head_dim * element_size
+    flop = 2 * products * pairs * problem.head_dim
+    return max(moved / device.bandwidth, flop / device.matrix, exponentials * pairs / device.exponentials)
 
 
 def device_named(name: str) -> Device | None:

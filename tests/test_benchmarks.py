@@ -3,6 +3,7 @@
 import csv
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -119,3 +120,149 @@ def test_jobs_of_dense_prediction(tmp_path):
     for name, row in rows.items():
         assert float(row["value"]) == pytest.approx(float(summary[f"val_{name}"]), rel=1e-3)
     assert Image.open(sheet).size == (976 // 2, (20 + 328) // 2)
+
+
+@pytest.fixture
+def report(tmp_path):
+    return importlib.import_module("gpu_report").Report(tmp_path, dry=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_gpu_report(tmp_path):
+    """Every phase at a tiny size, in a process of its own, since Triton interprets its kernels there."""
+    out = tmp_path / "report"
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_report.py", "--dry", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    report = importlib.import_module("gpu_report").Report(out, dry=True)
+    log = (out / "log.txt").read_text()
+    phases = [phase.run.__name__ for phase in importlib.import_module("gpu_report").PHASES]
+    assert {name: report.get(name, "ended") for name in phases} == dict.fromkeys(phases, "done"), log
+    assert [report.get(name, "problem") for name in phases] == [None] * len(phases), log
+    assert done.returncode == 0
+    assert len(list(out.iterdir())) <= 8
+    assert (out / "summary.txt").read_text() in done.stdout
+    kernels = [(row["name"], row["kernel"]) for row in read(out / "kernels.csv")]
+    assert kernels == [("small", "forward"), ("small", "query")]  # a whole group: there is no third kernel
+    assert {row["class"].split("/")[0] for row in read(out / "tuning.csv")} == {"forward", "query"}
+    assert {row["kernel"] for row in read(out / "operator.csv")} == {
+        "torch",
+        "torch+rpb",
+        "dense_sdpa",
+        "dense_sdpa+rpb",
+    }
+    assert {row["pass"] for row in read(out / "models.csv")} == {"inference", "training"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_report_without_a_gpu_ends_with_the_reason(tmp_path, capsys):
+    run("gpu_report", "--out", tmp_path / "report")
+    assert "models: skipped. PyTorch finds no CUDA or ROCm device here" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("gpu_report", "--out", tmp_path / "report")
+    assert "is not empty" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no report of a GPU"):
+        run("gpu_report", "--merge", tmp_path / "report")
+
+
+def crash(report, seconds):
+    report.note("crash", found=1)
+    os.kill(os.getpid(), 9)
+
+
+def hang(report, seconds):
+    report.note("hang", found=1)
+    print("before", flush=True)
+    subprocess.run(["sleep", "600"])
+
+
+def mistake(report, seconds):
+    raise ValueError("such a pity")
+
+
+@pytest.mark.parametrize(("phase", "status"), [(crash, "failed"), (hang, "timed out"), (mistake, "failed")])
+def test_phases_may_fail(report, phase, status):
+    """What one found before is kept, why it failed is told, and what it started has ended."""
+    module = importlib.import_module("gpu_report")
+    assert module.run_phase(module.Phase(phase, 1), report, 0.5) == status
+    name = phase.__name__
+    assert report.get(name, "ended") == status
+    assert report.get(name, "found") == (None if phase is mistake else 1)
+    assert report.get(name, "problem") == ("ValueError: such a pity" if phase is mistake else None)
+    assert ("before" in (report.out / "log.txt").read_text()) == (phase is hang)
+
+
+def test_failed_tests_end_a_report(report, monkeypatch):
+    module = importlib.import_module("gpu_report")
+    red = "t.py::a PASSED [ 1%]\nt.py::b[c] FAILED [ 2%]\n=== FAILURES ===\nFAILED\nFAILED t.py::b[c] - dq: error 1"
+    assert module.read_tests(red) == dict(passed=1, skipped=0, failed=1, errors=["b[c] - dq: error 1"])
+    assert module.read_tests("[gw0] [ 1%] PASSED t.py::a\n[gw1] [ 2%] FAI") == dict(
+        passed=1, skipped=0, failed=0, errors=[]
+    )
+    monkeypatch.setattr(module, "run", lambda *_: ("exit status 1", red))
+    monkeypatch.setattr(module, "PHASES", [module.Phase(module.tests, 9), module.Phase(mistake, 9)])
+    module.make(report, 6)
+    assert report.get("mistake", "skipped") == "1 tests failed"
+    assert "b[c] - dq: error 1" in (report.out / "summary.txt").read_text()
+
+
+def test_counters_of_ncu_are_read():
+    module = importlib.import_module("gpu_report")
+    names = ("dram__bytes.sum", "gpu__time_duration.sum")
+    printed = '==PROF== noise\n"ID","Kernel Name","dram__bytes.sum","gpu__time_duration.sum"\n"","","byte","ns"\n'
+    printed += '"0","forward_kernel","205","48"\n'
+    found = [{"kernel": "forward_kernel", "dram__bytes.sum": "205 byte", "gpu__time_duration.sum": "48 ns"}]
+    assert module.read_counters(printed, names) == found
+    assert module.read_counters("==ERROR== Failed to find metric", names) == []
+
+
+def test_a_report_is_merged_once(report, tmp_path, monkeypatch, capsys):
+    """Its rows are appended; faster configurations and the rate of the L2 cache are named."""
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    report.note("facts", device="H100", driver="580")
+    report.note("ceilings", l2_plain=5.0e12, l2_async=6.0e12)
+    for stages, us in ((2, 30.0), (3, 20.0), (1, 40.0)):
+        row = {"class": "forward/sm_90", "tile": 16, "num_stages": stages, "us": us, "error": ""}
+        harness.append(report.out / "tuning.csv", row)
+    run("gpu_report", "--merge", report.out)
+    printed = capsys.readouterr().out
+    assert "forward/sm_90: Config(16, 3), 1.50x as fast as Config(16, 2)" in printed
+    assert "6e+12 bytes/s" in printed
+    run("gpu_report", "--merge", report.out)
+    assert len(read(tmp_path / "results" / "tuning.csv")) == 3
+
+
+def test_facts_without_git(monkeypatch):
+    """The revision is the environment's where git is not installed or this is no checkout."""
+    facts = importlib.import_module("harness").facts
+    monkeypatch.setenv("PATH", "")
+    assert facts("cpu")["git"] == ""
+    monkeypatch.setenv("DINAT_REVISION", "abc")
+    assert facts("cpu")["git"] == "abc"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_instructions_are_counted_by_the_trips_of_their_loops():
+    """A kernel written by hand: images around blocks, and a loop through the table after both."""
+    paper = importlib.import_module("paper")
+    lines = [("MOV", ""), ("LDG", ""), ("DEPBAR.LE", " SB0, 0x2"), ("HGMMA", ""), ("MUFU.EX2", ""), ("BRA", 2)]
+    lines += [("BRA", 1), ("LDS", ""), ("BRA", 7), ("LDL", ""), ("EXIT", "")]
+    code = [
+        paper.Instruction(i, name, x if isinstance(x, str) else "", x if isinstance(x, int) else None)
+        for i, (name, x) in enumerate(lines)
+    ]
+    counts = paper.count(code, trips=5, images=3, entries=7)
+    assert counts.body == ["DEPBAR.LE", "HGMMA", "MUFU.EX2", "BRA"]
+    assert counts.all == 1 + 3 * (2 + 5 * 4) + 7 * 2 + 2
+    assert (counts.other, counts.exponentials, counts.in_flight, counts.loop_spills) == (7, 15, 2, 0)
+    single = [*code[:1], *code[2:6], *code[7:]]  # blocks and images in one loop
+    assert paper.count(single, trips=1, images=3, entries=7).all == 1 + 3 * 4 + 7 * 2 + 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_programs_of_a_multiprocessor():
+    """By hand, as CUDA's occupancy calculator has them: 168 registers, 2 warps, 38.9 KB; then 255 and 4."""
+    paper = importlib.import_module("paper")
+    limits = paper.Limits(227 << 10, 228 << 10)
+    assert paper.programs_per_processor(paper.Compiled(168, 0, 39834, []), 2, limits) == 5  # shared memory
+    assert paper.programs_per_processor(paper.Compiled(255, 0, 1024, []), 4, limits) == 2  # registers

@@ -1,8 +1,9 @@
 """Find launch configurations for this GPU: `python -m dinat_kernels.tune`.
 
-Times the Triton kernels, forward and backward, on layers of the published models, and writes the fastest
-configuration of every class of problems to `impl.fused.configs.cache_file()`.  From then on they are used instead of
-the shipped ones.  Opt-in: tune once, and give the same file to all ranks (DINAT_TUNE_FILE).
+Times the Triton kernels, each alone, on layers like those of the published models, and writes the fastest configuration
+of every class of problems to `impl.fused.configs.cache_file()`, one after the other.  From then on they are used
+instead of the shipped ones, of which all candidates are neighbors.  Opt-in: tune once, and give the same file to all
+ranks (DINAT_TUNE_FILE).
 """
 
 from __future__ import annotations
@@ -11,12 +12,161 @@ import argparse
 import itertools
 import json
 import math
-import statistics
+import os
 import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
+
+from .geometry import Neighborhood, make_neighborhood
+from .impl.layout import Call, layout_of
+
+if TYPE_CHECKING:  # `dinat_kernels` itself must import without Triton
+    from .impl.fused.configs import Config, ProblemClass
+    from .impl.fused.launch import Launch
 
 DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32)
+# Class of a configuration -> kernels that it may change the time of.
+AFFECTED = dict(forward=("forward",), query=("query", "rpb", "key"), key=("key",))
+
+
+class Layer(NamedTuple):
+    """A square map and its window, of which a class of problems has many."""
+
+    side: int
+    kernel_size: int
+    dilation: int
+    heads: int = 2
+    head_dim: int = 32
+    dtype: torch.dtype = torch.bfloat16
+    rpb_dtype: torch.dtype = torch.float32
+
+    def launches(self, batch: int, device: str, arch: str | None = None) -> list[Launch]:
+        """As `launches`, with inputs as a layer has them: views of one packed projection."""
+        packed = torch.randn(
+            batch, self.side, self.side, 3, self.heads, self.head_dim, device=device, dtype=self.dtype
+        ).unbind(3)
+        table = (self.heads, *[2 * self.kernel_size - 1] * 2)
+        rpb = torch.randn(table, device=device).to(self.rpb_dtype)
+        d_out = torch.randn_like(packed[0], memory_format=torch.contiguous_format)
+        return launches(*packed, rpb, d_out, make_neighborhood(2, self.kernel_size, self.dilation), arch)
+
+
+def launches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    d_out: Tensor,
+    window: Neighborhood,
+    arch: str | None = None,
+) -> list[Launch]:
+    """The kernels of a forward and a backward pass: launched in this order, they are these passes.
+
+    The gradients lie beside each other, as those of a packed projection.
+
+    Args:
+        arch: of the GPU to prepare for, where tensors are on the device "meta".
+    """
+    from .impl import fused
+
+    scale = query.shape[-1] ** -0.5
+    layouts = [layout_of(x) for x in (query, key, value)]
+    call = Call(*layouts, None if rpb is None else layout_of(rpb), window, scale, True, None)
+    widths = [x.shape[-2] * x.shape[-1] for x in (query, key, value)]
+    grads = query.new_empty(*query.shape[:-2], sum(widths)).split(widths, -1)
+    grads = [d.unflatten(-1, x.shape[-2:]) for d, x in zip(grads, (query, key, value), strict=True)]
+
+    def passes() -> None:
+        out, lse = fused.prepare(call)(query, key, value, rpb)
+        fused.attention_backward(d_out, None, query, key, value, rpb, out, lse, window, scale, grads)
+
+    return fused.launch.recorded(passes, arch)
+
+
+def candidates(shipped: Config) -> list[Config]:
+    """The shipped configuration, and those that differ from it in one number by one step."""
+
+    def neighbors() -> Iterator[Config]:
+        for field, least, most in (("tile", 16, 64), ("block", 16, 256), ("num_warps", 1, 16)):
+            for value in (getattr(shipped, field) // 2, 2 * getattr(shipped, field)):
+                if least <= value <= most:
+                    yield shipped._replace(**{field: value})
+        for stages in {1, 2, 3} - {shipped.num_stages}:
+            yield shipped._replace(num_stages=stages)
+
+    return [shipped, *neighbors()]
+
+
+class Trial(NamedTuple):
+    problem: ProblemClass
+    config: Config
+    seconds: float  # infinite where `error` says what went wrong
+    error: str
+
+
+def class_of(launch: Launch, arch: str) -> ProblemClass:
+    """The class whose configuration a launch has."""
+    from .impl.fused.configs import ProblemClass
+
+    constants = launch.plan.constants
+    window = constants["WINDOW"]
+    kernel = "query" if launch.plan.name == "rpb" else launch.plan.name
+    bits, dim = 8 * launch.tensors[0].element_size(), max(constants["BD"], constants["BV"])
+    return ProblemClass(kernel, arch, bits, dim, all(window[3::4]), math.prod(window[0::4]))
+
+
+def trials(
+    layer: Layer, batch: int, device: str, seconds: Callable[[Launch], float], arch: str | None = None
+) -> Iterator[list[Trial]]:
+    """Tries the candidates of each class that a layer's kernels belong to; the fastest is used from then on.
+
+    Args:
+        seconds: how long a launch takes.
+        arch: as in `launches`.
+    """
+    from .impl.fused import launch
+    from .impl.fused.configs import shipped, user_configs
+
+    arch = arch or launch.architecture(torch.device(device))
+    for problem in dict.fromkeys(class_of(x, arch) for x in layer.launches(batch, device, arch)):
+        tried = []
+        for config in candidates(shipped(problem)):
+            user_configs()[str(problem)] = config
+            launch.forget_plans()
+            try:
+                found = layer.launches(batch, device, arch)
+                if device != "meta":
+                    for one in found:  # so that what is timed reads what it should
+                        one()
+                time = sum(seconds(one) for one in found if one.plan.name in AFFECTED[problem.kernel])
+                tried.append(Trial(problem, config, time, ""))
+            except Exception as error:  # does not compile, or needs more than this GPU has
+                tried.append(Trial(problem, config, math.inf, f"{type(error).__name__}: {str(error)[:100]}"))
+        user_configs()[str(problem)] = min(tried, key=lambda trial: trial.seconds).config
+        launch.forget_plans()
+        yield tried
+
+
+def on_gpu(launch: Launch) -> float:
+    """Seconds of a launch, the median of some, the L2 cache cleared before each."""
+    import triton
+
+    return triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median") / 1000
+
+
+def keep(problem: ProblemClass, config: Config) -> None:
+    """Puts a configuration into the user's file, whose others stay as they are."""
+    from .impl.fused.configs import cache_file
+
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text()) if path.exists() else {}
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new.write_text(json.dumps(known | {str(problem): config}, indent=1) + "\n")
+    new.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,48 +179,17 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("Tuning needs a CUDA or ROCm device, and PyTorch finds none here.")
 
-    import triton  # `dinat_kernels` itself must import without it
+    from .impl.fused.configs import cache_file
 
-    from . import na2d
-    from .impl.fused import launch
-    from .impl.fused.configs import Config, ProblemClass, cache_file, next_power_of_two, user_configs
-
-    sizes = dict(tile=(16, 32, 64), block=(32, 64, 128, 256), num_warps=(1, 2, 4, 8), num_stages=(1, 2, 3))
-    candidates = [Config(*c) for c in itertools.product(*sizes.values())]
-    found = {}
-    for dtype, head_dim, k, dense in itertools.product(args.dtype, args.head_dim, args.kernel_size, (True, False)):
-        side, dilation = (8 * k, 8) if dense else (64, 1)
-        shape = (args.batch, side, side, 3, 4, head_dim)
-        inputs = [x.detach().requires_grad_() for x in torch.randn(shape, device="cuda", dtype=DTYPES[dtype]).unbind(3)]
-        inputs.append(torch.randn(4, 2 * k - 1, 2 * k - 1, device="cuda", requires_grad=True))
-        d_out = torch.randn_like(inputs[0])
-
-        def forward(inputs=inputs, k=k, dilation=dilation) -> torch.Tensor:
-            *qkv, rpb = inputs
-            return na2d(*qkv, k, dilation=dilation, rpb=rpb, backend="triton")
-
-        def training(inputs=inputs, d_out=d_out, forward=forward) -> tuple[torch.Tensor, ...]:
-            return torch.autograd.grad(forward(), inputs, d_out)
-
-        for kernel, run in dict(forward=forward, query=training, key=training).items():
-            bits, dim = 8 * DTYPES[dtype].itemsize, max(16, next_power_of_two(head_dim))
-            name = str(ProblemClass(kernel, launch.architecture(d_out.device), bits, dim, dense, k * k))
-
-            def seconds(config: Config, name=name, run=run) -> float:
-                user_configs()[name] = config
-                launch.forget_plans()
-                try:
-                    return statistics.median(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="all"))
-                except Exception:  # does not compile, or needs more than this GPU has
-                    return math.inf
-
-            found[name] = user_configs()[name] = min(candidates, key=seconds)
-            print(f"{name}: {found[name]._asdict()}", flush=True)
-    path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(known | found, indent=1) + "\n")
-    print(f"written to {path}")
+    for dtype, head_dim, k, dilation in itertools.product(args.dtype, args.head_dim, args.kernel_size, (8, 1)):
+        layer = Layer(8 * k, k, dilation, head_dim=head_dim, dtype=DTYPES[dtype])
+        for tried in trials(layer, args.batch, "cuda", on_gpu):
+            best = min(tried, key=lambda trial: trial.seconds)
+            if math.isinf(best.seconds):
+                sys.exit(f"{best.problem}: no candidate runs here, the shipped one neither: {tried[0].error}")
+            keep(best.problem, best.config)
+            print(f"{best.problem}: {best.config._asdict()}", flush=True)
+    print(f"written to {cache_file()}")
 
 
 if __name__ == "__main__":

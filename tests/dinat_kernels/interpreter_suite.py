@@ -27,11 +27,7 @@ def programs(case: dict) -> int:
     return case["batch"] * case["heads"] * math.prod(dilations) * max(1, math.prod(case["spatial"]) // 64)
 
 
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Results start as NaN: what a kernel does not write shows."""
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if programs(case) <= 10], ids=lambda case: case["name"])
@@ -230,8 +226,8 @@ def test_one_optimizer_step_of_a_model():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=0, msg=name)
 
 
-def test_opcheck(monkeypatch):
-    monkeypatch.undo()  # the checks compare what fakes allocate
+def test_opcheck():
+    pytest.importorskip("expecttest")
     q, k, v = torch.randn(2, 5, 6, 3, 2, 8).unbind(3)
     rpb = torch.randn(2, 5, 5, requires_grad=True)
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -287,28 +283,66 @@ def test_precision_is_what_pytorch_is_set_to(allowed):
 
 
 def test_tune(monkeypatch, tmp_path):
-    """The fastest configuration of each class of problems is kept, and used from then on."""
-    classes = [
-        configs.ProblemClass(kernel, "interpreter", 32, 16, dense, 9)
-        for kernel in ("forward", "query", "key")
-        for dense in (True, False)
-    ]
-    fastest, slow = configs.Config(32, 64, 2, 1), configs.Config(16, 32, 1, 1)
-    (tmp_path / "tuned.json").write_text(json.dumps({str(classes[0]): slow, "forward/sm_90": slow}))
+    """The fastest configuration of each class of problems is kept, at once, and used from then on."""
+    forward, query, halo = (
+        configs.ProblemClass(kernel, "sm_90", 32, 16, dense, 9)
+        for kernel, dense in (("forward", True), ("query", True), ("forward", False))
+    )
+    slow = configs.Config(16, 32, 1, 1)
+    (tmp_path / "tuned.json").write_text(json.dumps({str(forward): slow, "forward/sm_80": slow}))
     monkeypatch.setenv("DINAT_TUNE_FILE", str(tmp_path / "tuned.json"))
-    configs.user_configs.cache_clear()
-    randn = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *size, device, **options: randn(*size, **options))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    count_of_others = lambda *_, **__: [sum(c != fastest for c in configs.user_configs().values())]  # noqa: E731
-    monkeypatch.setattr("triton.testing.do_bench", count_of_others)
-    tune.main(["--dtype", "float32", "--head-dim", "8", "--kernel-size", "3", "--batch", "1"])
+    configs.user_configs.cache_clear()
+    trials, tried = tune.trials, []
+
+    def seconds(launch) -> float:
+        """Three stages are fastest, eight warps do not run, and halos are interrupted."""
+        if launch.plan.name == "key":
+            raise KeyboardInterrupt
+        if launch.plan.options["num_warps"] == 8:
+            raise RuntimeError("out of resources")
+        tried.append(launch.plan)
+        return 4 - launch.plan.options["num_stages"]
+
+    monkeypatch.setattr(tune, "on_gpu", seconds)
+    monkeypatch.setattr(tune, "trials", lambda layer, batch, _, time: trials(layer, batch, "meta", time, "sm_90"))
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--dtype", "float32", "--head-dim", "8", "--kernel-size", "3", "--batch", "1"])
     tuned = json.loads((tmp_path / "tuned.json").read_text())
-    assert tuned == {str(problem): list(fastest) for problem in classes} | {"forward/sm_90": list(slow)}
+    best = {problem: configs.shipped(problem)._replace(num_stages=3) for problem in (forward, query, halo)}
+    assert tuned == {str(problem): list(config) for problem, config in best.items()} | {"forward/sm_80": list(slow)}
+    assert {plan.name for plan in tried} == {"forward", "query", "rpb"}  # each alone, a class those that it may change
     configs.user_configs.cache_clear()
-    assert configs.choose(classes[0]) == fastest
-    assert configs.choose(classes[0]._replace(window=25)) != fastest
+    assert configs.choose(forward) == best[forward]
+    assert configs.choose(forward._replace(window=25)) == configs.shipped(forward._replace(window=25))
     configs.user_configs.cache_clear()
+    fused.launch.forget_plans()
+
+
+def test_candidates_are_a_dozen_at_most():
+    """Whatever is shipped comes first, and is what the others are compared with."""
+    for rows in configs._SHIPPED.values():
+        for *_, shipped in rows:
+            found = tune.candidates(shipped)
+            assert found[0] == shipped
+            assert len(set(found)) == len(found) <= 12
+
+
+def test_kernels_one_by_one_are_the_passes():
+    """What tuning and benchmarks time is a forward and a backward pass, in the same order and memory."""
+    q, k, v = torch.randn(1, 6, 9, 3, 2, 8).unbind(3)
+    rpb, d_out = torch.randn(2, 5, 5), torch.randn(1, 6, 9, 2, 8)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v, rpb)]
+    out = na2d(*inputs[:3], 3, rpb=inputs[3], backend="triton")
+    expected = torch.autograd.grad(out, inputs, d_out)
+    launches = tune.launches(q, k, v, rpb, d_out, make_neighborhood(2, 3))
+    assert [launch.plan.name for launch in launches] == ["forward", "query", "key"]
+    assert all(launch.tensors[4].isnan().all() for launch in launches[:1])  # nothing has run yet
+    for launch in launches:
+        launch()
+    assert torch.equal(launches[0].tensors[4], out)
+    dq, dk, dv = (launches[1].tensors[-4], *launches[2].tensors[-2:])
+    assert all(map(torch.equal, (dq, dk, dv), expected))
 
 
 def test_model_of_volumes():

@@ -107,6 +107,11 @@ def choose(problem: ProblemClass) -> Config:
     user = user_configs().get(str(problem))
     if user is not None:
         return user
+    return shipped(problem)
+
+
+def shipped(problem: ProblemClass) -> Config:
+    """The configuration that the table has for this class of problems."""
     return next(
         config
         for arch, bits, dense_only, dim, window, config in _SHIPPED[problem.kernel]

@@ -33,12 +33,51 @@ Strided = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of a tens
 class Plan(NamedTuple):
     """All arguments of a launch that are not tensors."""
 
+    name: str  # of the kernel: "forward", "query", "rpb", "key"
     kernel: Callable
     grid: tuple[int, int, int]
     integers: tuple[int, ...]  # strides of the tensors that have any, then lengths, dilations, tiles, images
     constants: dict  # the compile-time arguments of the kernel, in its order
-    options: dict  # num_warps, num_stages
+    options: dict  # num_warps, num_stages, enable_fp_fusion
     compiled: dict  # what Triton made of it, by all else that Triton specialises on
+
+
+class Launch(NamedTuple):
+    """A kernel and what it works on."""
+
+    plan: Plan
+    tensors: tuple[Tensor, ...]
+    scale: float
+
+    def __call__(self) -> None:
+        _launch(*self)
+
+    def arguments(self) -> tuple:
+        """Those of the kernel, in its order."""
+        return (*self.tensors, abs(self.scale) or 1.0, *self.plan.integers, *self.plan.constants.values())
+
+
+class _Recording(NamedTuple):
+    launches: list[Launch]
+    arch: str | None
+
+
+_recording: _Recording | None = None
+
+
+def recorded(run: Callable[[], object], arch: str | None = None) -> list[Launch]:
+    """The launches of `run`, of which none is made: to be made one by one, or only compiled.
+
+    Args:
+        arch: as `architecture`; for tensors of the device "meta", which has none.
+    """
+    global _recording
+    _recording = _Recording([], arch)
+    try:
+        run()
+        return _recording.launches
+    finally:
+        _recording = None
 
 
 @cache
@@ -186,11 +225,12 @@ def make_plan(
         constants["GRAD_RPB"] = has_rpb and (kernel == "rpb" or blocks == 1)
         constants["WHOLE"] = kernel == "query" and tile == longest and blocks == 1 and heads == kv_heads
     return Plan(
+        name=kernel,
         kernel=dict(forward=forward_kernel, query=query_kernel, key=key_kernel)[own],
         grid=(programs * (batch // images) * (blocks if kernel == "rpb" else 1), 1, 1),
         integers=(*[n for layout in layouts for n in strides(layout)], *lengths, *dilation, *tiles, images),
         constants=constants,
-        options=dict(num_warps=warps, num_stages=config.num_stages),
+        options=dict(num_warps=warps, num_stages=config.num_stages, enable_fp_fusion=True),
         compiled={},
     )
 
@@ -203,8 +243,12 @@ def forget_plans() -> None:
     _plan.cache_clear()
 
 
-def _launch(plan: Plan, tensors: Sequence[Tensor], scale: float) -> None:
-    arguments = (*tensors, abs(scale) or 1.0, *plan.integers, *plan.constants.values())
+def _launch(plan: Plan, tensors: tuple[Tensor, ...], scale: float) -> None:
+    launch = Launch(plan, tensors, scale)
+    if _recording is not None:
+        _recording.launches.append(launch)
+        return
+    arguments = launch.arguments()
     device = tensors[0].device
     # Triton compiles for the alignment and dtype of pointers; the dtype of the bias table is not in the plan.
     variant = (device, tensors[3].dtype, *[x.data_ptr() % 16 for x in tensors])
@@ -232,7 +276,8 @@ def _problem(layouts: Sequence[Layout], has_rpb: bool, window: Neighborhood, sca
     """The arguments of `make_plan` but for the kernel and the precision."""
     query, sign = layouts[0], (scale > 0) - (scale < 0)
     extents = tuple((x.shape, x.stride) for x in layouts)
-    return extents, query.dtype, architecture(query.device), window, has_rpb, sign
+    arch = (_recording and _recording.arch) or architecture(query.device)
+    return extents, query.dtype, arch, window, has_rpb, sign
 
 
 def _precision(dtype: torch.dtype) -> str:
