@@ -73,8 +73,7 @@ class NATBlock(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__()
-        if backend is None and not use_fused_attn():  # TIMM_FUSED_ATTN=0, or timm's exportable mode
-            backend = "torch"
+        fused = backend is not None or use_fused_attn()  # False: TIMM_FUSED_ATTN=0, or timm's exportable mode
         self.norm1 = norm_layer(dim, **dd)
         self.attn = ATTENTION[rank](
             dim,
@@ -84,7 +83,8 @@ class NATBlock(nn.Module):
             qkv_bias=qkv_bias,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
-            backend=backend,
+            fused=fused,
+            backend=backend if fused else "torch",
             **dd,
         )
         # None rather than Identity, whose calls take time

@@ -90,10 +90,14 @@ class ConvDownsample(nn.Module):
 
 
 class NATStage(nn.Module):
-    """An optional downsampler followed by blocks; channels first in and out, channels last in memory."""
+    """An optional downsampler followed by blocks; channels first in and out, channels last in memory.
 
-    def __init__(self, downsample: nn.Module, blocks: Sequence[NATBlock]) -> None:
+    `strides` are those of its tokens, in pixels of the image, one per axis.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[NATBlock], strides: tuple[int, ...]) -> None:
         super().__init__()
+        self.strides = strides
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
@@ -235,6 +239,7 @@ class NAT(nn.Module):
                         )
                         for dilation, drop_path in zip(self.dilations[i], drop_paths[i], strict=True)
                     ],
+                    strides=tuple(growth[i] * stride for stride in strides),
                 )
                 for i, dim in enumerate(dims)
             )

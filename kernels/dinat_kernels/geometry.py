@@ -146,6 +146,27 @@ def seeing_range(
     )
 
 
+class Slots(NamedTuple):
+    """The window of every token of an axis, one slot per key; (length, kernel_size) each."""
+
+    key: np.ndarray  # token in each slot
+    entry: np.ndarray  # its entry in the bias table
+    visible: np.ndarray  # False in the slots after a causal window's last key
+
+
+def slots_of(length: int, kernel_size: int, dilation: int, stride: int, is_causal: bool) -> Slots:
+    """The keys that every query of an axis sees, in order."""
+    group, query = np.arange(length) % dilation, np.arange(length) // dilation
+    start, end = np.empty((2, length), dtype=np.int64)
+    for g in range(dilation):
+        n = group_length(length, dilation, g)
+        start[g::dilation], end[g::dilation] = visible_range(np.arange(n), n, kernel_size, stride, is_causal)
+    position = start[:, None] + np.arange(kernel_size)
+    visible = position < end[:, None]
+    position = np.minimum(position, end[:, None] - 1)  # an invisible slot repeats a key, with weight 0
+    return Slots(position * dilation + group[:, None], position - query[:, None] + kernel_size - 1, visible)
+
+
 def visible_pairs(window: Neighborhood, spatial: Sequence[int]) -> int:
     """Number of visible (query, key) pairs of one head on a map of size `spatial`."""
     total = 1

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .explicit import average, logits
 from .functional import Bools, Ints, attend
 from .geometry import Neighborhood, make_neighborhood
+from .impl.precision import working_dtype
 from .impl.tiled import unrolled
 
 
@@ -68,14 +70,17 @@ class _NeighborhoodAttention(nn.Module):
         attn_drop: dropout probability of attention weights in training.  Runs outside the fused operator: it keeps the
             logits for the backward pass, and breaks the graph of torch.compile.
         proj_drop: dropout probability of the output in training.
-        backend: see `na2d`.
+        fused: False makes a tensor of the attention weights, which passes through the module `attn_drop`, where hooks
+            see it: (batch, heads, *spatial, prod(kernel_size)), of padded maps if they are.  Slower, and they are kept
+            for the backward pass.  Compiled, traced and scripted layers, which call no hooks, stay fused.
+        backend: see `na2d`; None or "torch" where `fused` is False.
 
     Shape:
         (batch, *spatial, dim) to the same.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`, or window arguments are out of range; in `forward`, the input has
-            another layout, such as channels first.
+        ValueError: `num_heads` does not divide `dim`, window arguments are out of range, or `backend` is not one for
+            `fused=False`; in `forward`, the input has another layout, such as channels first.
     """
 
     rank: int
@@ -100,6 +105,7 @@ class _NeighborhoodAttention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         *,
+        fused: bool = True,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -112,6 +118,9 @@ class _NeighborhoodAttention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else float(qk_scale)
+        if not fused and backend not in (None, "torch"):
+            raise ValueError(f'backend must be None or "torch" with fused=False, got {backend!r}')
+        self.fused = fused
         self.backend = backend
         self.set_window(kernel_size, dilation, stride, is_causal)
         if rel_pos_bias and any(self.is_causal):
@@ -177,6 +186,8 @@ class _NeighborhoodAttention(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         """Projection and attention, heads side by side."""
         window = Neighborhood(*map(tuple, (self.kernel_size, self.dilation, self.stride, self.is_causal)))
+        if not (self.fused or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            return self._attend_explicitly(x, window)
         dilation = window.dilation
         split = _is_split(x, window)
         if split:
@@ -191,6 +202,15 @@ class _NeighborhoodAttention(nn.Module):
             y = attend(self.rank, qkv, None, None, window, self.scale, self.rpb, return_lse=False, backend=self.backend)
         y = y.flatten(-2)
         return _join(y, dilation) if split else y
+
+    @torch.jit.unused
+    def _attend_explicitly(self, x: Tensor, window: Neighborhood) -> Tensor:
+        """`_attend` with the weights as a tensor."""
+        qkv = torch.unflatten(self.qkv(x), -1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.movedim((-3, -2), (0, 2))  # (batch, heads, *spatial, head_dim) each
+        dtype = working_dtype(q.dtype)
+        weights = logits(q.to(dtype) * self.scale, k.to(dtype), window, self.rpb).softmax(-1)
+        return average(self.attn_drop(weights), v, window).movedim(1, -2).flatten(-2)
 
     def extra_repr(self) -> str:
         return (

@@ -1,10 +1,13 @@
 """The models where people use timm's: transformers, torchvision, segmentation_models_pytorch, compile, export."""
 
 import json
+import math
+from collections.abc import Iterator
 
 import pytest
 import timm
 import torch
+from timm.utils import AttentionExtract
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dinat  # noqa: F401  registers the models
@@ -13,6 +16,14 @@ import dinat  # noqa: F401  registers the models
 @pytest.fixture
 def image() -> torch.Tensor:
     return torch.randn(2, 3, 64, 96)
+
+
+@pytest.fixture
+def without_fused_attention() -> Iterator[None]:
+    """As TIMM_FUSED_ATTN=0."""
+    timm.layers.set_fused_attn(False)
+    yield
+    timm.layers.set_fused_attn(True)
 
 
 @pytest.fixture
@@ -61,6 +72,32 @@ def test_segmentation_models_pytorch(image):
 
     model = smp.Unet("tu-dinat_mini", encoder_weights=None, classes=5).eval()
     assert model(image).shape == (2, 5, 64, 96)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dinat_pico", dict(depths=(2, 2, 1), num_heads=(1, 2, 4))),
+        ("dinat_isotropic_small", dict(depths=(1, 1), num_heads=(3, 3), embed_dim=24)),
+    ],
+)
+def test_timm_attention_extract(name, options, without_fused_attention):
+    """The weights of every block; the model's outputs and state dict are those with fused attention."""
+    images = torch.randn(2, 3, 224, 224)
+    model = timm.create_model(name, **options).eval()
+    timm.layers.set_fused_attn(True)
+    fused = timm.create_model(name, **options).eval()
+    fused.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        maps = AttentionExtract(model, method="hook")(images)
+        torch.testing.assert_close(model(images), fused(images))
+    sides = [math.ceil(224 / info["reduction"]) for info in model.feature_info]
+    blocks = [(i, j) for i, level in enumerate(model.levels) for j in range(len(level.blocks))]
+    assert list(maps) == [f"levels.{i}.blocks.{j}.attn.attn_drop" for i, j in blocks]
+    for (i, j), weights in zip(blocks, maps.values(), strict=True):
+        attn = model.levels[i].blocks[j].attn
+        assert weights.shape == (2, attn.num_heads, sides[i], sides[i], math.prod(attn.kernel_size))
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
 def test_compile_whole_model(image, fresh_dynamo):

@@ -460,17 +460,19 @@ def test_a_new_classifier():
 
 
 def test_timm_switches_fused_kernels_off():
-    def backend() -> str | None:
-        return timm.create_model("dinat_pico").levels[0].blocks[0].attn.backend
+    def layer(**options) -> tuple[bool, str | None]:
+        attn = timm.create_model("dinat_pico", **options).levels[0].blocks[0].attn
+        return attn.fused, attn.backend
 
-    assert backend() is None
+    assert layer() == (True, None)
     try:
         timm.layers.set_fused_attn(False)
-        assert backend() == "torch"
+        assert layer() == (False, "torch")
+        assert layer(backend="reference") == (True, "reference")
     finally:
         timm.layers.set_fused_attn(True)
     with timm.layers.set_exportable(True):
-        assert backend() == "torch"
+        assert layer() == (False, "torch")
 
 
 def test_reference_and_torch_backends_agree():

@@ -1,5 +1,6 @@
 """The layers: parameters, small-map padding, dropout, scripting."""
 
+import math
 import re
 import warnings
 
@@ -198,6 +199,54 @@ def test_attention_dropout_does_not_replace_a_backend():
         layer(torch.randn(1, 5, 5, 8))
 
 
+@pytest.mark.parametrize(
+    ("rank", "window", "sides"),
+    [
+        (1, dict(kernel_size=4, dilation=2), (11,)),
+        (2, dict(kernel_size=(3, 5), dilation=(2, 1)), (7, 4)),  # padded
+        (2, dict(kernel_size=4, stride=2, is_causal=(True, False), rel_pos_bias=False), (6, 9)),
+        (2, dict(kernel_size=3, dilation=2), (6, 6)),  # whose groups are images otherwise
+        (3, dict(kernel_size=2), (3, 2, 4)),
+    ],
+)
+def test_weights_as_a_tensor(rank, window, sides):
+    """The outputs and gradients of the fused operator; all weights pass through `attn_drop`."""
+    layer, x = LAYERS[rank](8, 2, **window, dtype=torch.float64), torch.randn(2, *sides, 8, dtype=torch.float64)
+    plain = LAYERS[rank](8, 2, **window, fused=False, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    seen = []
+    plain.attn_drop.register_forward_hook(lambda *call: seen.append(call[2]))
+    torch.testing.assert_close(plain(x), layer(x))
+    padded = [max(n, k * d) for n, k, d in zip(sides, layer.kernel_size, layer.dilation, strict=True)]
+    assert seen[0].shape == (2, 2, *padded, math.prod(layer.kernel_size))
+    torch.testing.assert_close(seen[0].sum(-1), torch.ones_like(seen[0][..., 0]))
+    for version in (layer, plain):
+        version(x).square().sum().backward()
+    for (name, p), other in zip(plain.named_parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_weights_as_a_tensor_are_dropped_in_training_and_float32():
+    layer, x = NeighborhoodAttention2d(8, 1, 3, attn_drop=0.5, fused=False), torch.randn(1, 6, 6, 8)
+    seen = []
+    layer.attn_drop.register_forward_hook(lambda *call: seen.append(call[2]))
+    layer(x)
+    assert 0.3 < (seen.pop() == 0).float().mean() < 0.7
+    assert layer.eval().to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    assert seen[0].dtype == torch.float32
+    assert (seen[0] > 0).all()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_no_weights_where_no_hook_sees_them():
+    layer, x = NeighborhoodAttention2d(8, 1, 3, fused=False).eval(), torch.randn(1, 6, 6, 8)
+    expected = layer(x)
+    layer.attn_drop.forward = None
+    traced = torch.jit.trace(layer, x, check_trace=False)  # the check calls the layer itself
+    for version in (traced, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        torch.testing.assert_close(version(x), expected)
+
+
 def test_factory_arguments():
     layer = NeighborhoodAttention2d(16, 2, 3, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
@@ -212,6 +261,10 @@ def test_factory_arguments():
             "rel_pos_bias cannot be combined with a caus",
         ),
         (dict(dim=8, num_heads=2, kernel_size=3, stride=5), "stride must lie in"),
+        (
+            dict(dim=8, num_heads=2, kernel_size=3, fused=False, backend="triton"),
+            'must be None or "torch" with fused=F',
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -1,169 +1,26 @@
 """The functions of NATTEN 0.14 to 0.17 that return attention weights, and those that average values with them.
 
-Query, key and value are (batch, heads, *spatial, dim), attention weights (batch, heads, *spatial, slots) with one slot
-per key of the window, `prod(kernel_size)` of them, the last axis fastest.  They keep those weights, and gather the
-neighbors of a chunk of queries at a time: memory is linear in the number of tokens, in both directions.
+Shapes as in `explicit`.
 Source: https://github.com/SHI-Labs/NATTEN, the signatures of its releases 0.14.6 and 0.17.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..explicit import average, logits
 from ..functional import Bools, Ints
-from ..geometry import Neighborhood, check_fits, group_length, make_neighborhood, visible_range
-from ..impl.precision import autocast_dtype, autocast_tensor, without_autocast, working_dtype
+from ..geometry import check_fits, make_neighborhood
+from ..impl.precision import autocast_dtype, autocast_tensor
 from .fused import given
 
 __all__ = [
     *(f"na{rank}d_{step}" for rank in (1, 2, 3) for step in ("qk", "av")),
     *(f"natten{rank}d{step}" for rank in (1, 2, 3) for step in ("qkrpb", "qk", "av")),
 ]
-
-# Elements of the neighbors that are gathered at a time: 16 MB in float32.
-_CHUNK = 1 << 22
-
-
-class _Axis(NamedTuple):
-    """The window of every token of an axis; (length, kernel_size) each."""
-
-    key: np.ndarray  # token in each slot
-    entry: np.ndarray  # its entry in the bias table
-    visible: np.ndarray  # False in the slots after a causal window's last key
-
-
-def _axis(length: int, k: int, d: int, s: int, causal: bool) -> _Axis:
-    group, query = np.arange(length) % d, np.arange(length) // d
-    start, end = np.empty((2, length), dtype=np.int64)
-    for g in range(d):
-        n = group_length(length, d, g)
-        start[g::d], end[g::d] = visible_range(np.arange(n), n, k, s, causal)
-    position = start[:, None] + np.arange(k)
-    visible = position < end[:, None]
-    position = np.minimum(position, end[:, None] - 1)  # an invisible slot repeats a key, with weight 0
-    return _Axis(position * d + group[:, None], position - query[:, None] + k - 1, visible)
-
-
-def _table(name: str, spatial: Sequence[int], window: Neighborhood, device: torch.device) -> Tensor:
-    """The axes' arrays `name` as one tensor (tokens, slots): flat token and bias table indices, or visibility."""
-    flat = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    sizes = {"key": spatial, "entry": [2 * k - 1 for k in window.kernel_size], "visible": [2] * window.rank}[name]
-    for axis, size in zip(zip(spatial, *window, strict=True), sizes, strict=True):
-        index = torch.from_numpy(getattr(_axis(*axis), name)).to(device, torch.int64)
-        flat = (flat[:, None, :, None] * size + index[None, :, None, :]).flatten(2).flatten(0, 1)
-    return flat == 2**window.rank - 1 if name == "visible" else flat
-
-
-def _chunks(images: int, spatial: Sequence[int], entries: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices of images and of rows, and the rows' flat tokens; `entries` is what one token gathers."""
-    row = spatial[1:].numel()
-    rows = min(spatial[0], max(1, _CHUNK // (row * entries)))
-    step = max(1, _CHUNK // (row * entries * rows))
-    for image in range(0, images, step):
-        for first in range(0, spatial[0], rows):
-            last = min(first + rows, spatial[0])
-            yield slice(image, image + step), slice(first, last), slice(first * row, last * row)
-
-
-# Three products, each the derivative of the others, on x (images, *spatial, dim) and weights (images, *spatial, slots).
-
-
-@without_autocast
-def _scores(query: Tensor, key: Tensor, window: Neighborhood) -> Tensor:
-    """Dot products of every query with the keys in its slots: weights."""
-    spatial, dtype = query.shape[1:-1], working_dtype(query.dtype)
-    index = _table("key", spatial, window, query.device)
-    out = query.new_empty(*query.shape[:-1], index.shape[1])
-    flat_out, flat_query, flat_key = (x.flatten(1, -2) for x in (out, query, key))
-    for images, _, tokens in _chunks(len(query), spatial, index.shape[1] * query.shape[-1]):
-        slots = index[tokens]
-        neighbors = flat_key[images].index_select(1, slots.flatten()).unflatten(1, slots.shape)
-        products = neighbors.to(dtype) @ flat_query[images, tokens].to(dtype).unsqueeze(-1)
-        flat_out[images, tokens] = products.squeeze(-1).to(out.dtype)
-    return out
-
-
-@without_autocast
-def _average(weights: Tensor, value: Tensor, window: Neighborhood) -> Tensor:
-    """Sum of the values in every query's slots, weighted: like `value`."""
-    spatial, dtype = value.shape[1:-1], working_dtype(value.dtype)
-    index = _table("key", spatial, window, value.device)
-    out = torch.empty_like(value, memory_format=torch.contiguous_format)
-    flat_out, flat_weights, flat_value = (x.flatten(1, -2) for x in (out, weights, value))
-    for images, _, tokens in _chunks(len(value), spatial, index.shape[1] * value.shape[-1]):
-        slots = index[tokens]
-        neighbors = flat_value[images].index_select(1, slots.flatten()).unflatten(1, slots.shape)
-        sums = flat_weights[images, tokens].to(dtype).unsqueeze(-2) @ neighbors.to(dtype)
-        flat_out[images, tokens] = sums.squeeze(-2).to(out.dtype)
-    return out
-
-
-@without_autocast
-def _spread(weights: Tensor, x: Tensor, window: Neighborhood) -> Tensor:
-    """Adjoint of `_average`: every query adds its weighted `x` to the keys in its slots; like `x`."""
-    spatial, dtype, rank = x.shape[1:-1], working_dtype(x.dtype), window.rank
-    out = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    keys = [torch.from_numpy(_axis(*axis).key).to(x.device) for axis in zip(spatial, *window, strict=True)]
-    order = [0] + [1 + a + part * rank for a in range(rank) for part in range(2)]  # an axis' tokens, then its slots
-    for images, rows, _ in _chunks(len(x), spatial, weights.shape[-1] * x.shape[-1]):
-        w = weights[images, rows].to(dtype).unflatten(-1, window.kernel_size).permute(order).unsqueeze(-1)
-        sources = x[images, rows].to(dtype)
-        for a in range(rank):
-            sources = sources.unsqueeze(2 + 2 * a)
-        sources = w * sources
-        for a in reversed(range(1, rank)):  # axis by axis: few indices, long slices
-            shape = list(sources.flatten(1 + 2 * a, 2 + 2 * a).shape)
-            shape[1 + 2 * a] = spatial[a]
-            sums = sources.new_zeros(shape)
-            sources = sums.index_add_(1 + 2 * a, keys[a].flatten(), sources.flatten(1 + 2 * a, 2 + 2 * a))
-        out[images].index_add_(1, keys[0][rows].flatten(), sources.flatten(1, 2))
-    return out.to(x.dtype)
-
-
-class _Scores(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, window: Neighborhood) -> Tensor:
-        ctx.save_for_backward(query, key)
-        ctx.window = window
-        return _scores(query, key, window)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        query, key = ctx.saved_tensors
-        return _Average.apply(grad, key, ctx.window), _Spread.apply(grad, query, ctx.window), None
-
-
-class _Average(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weights: Tensor, value: Tensor, window: Neighborhood) -> Tensor:
-        ctx.save_for_backward(weights, value)
-        ctx.window = window
-        return _average(weights, value, window)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        weights, value = ctx.saved_tensors
-        return _Scores.apply(grad, value, ctx.window), _Spread.apply(weights, grad, ctx.window), None
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weights: Tensor, x: Tensor, window: Neighborhood) -> Tensor:
-        ctx.save_for_backward(weights, x)
-        ctx.window = window
-        return _spread(weights, x, window)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        weights, x = ctx.saved_tensors
-        return _Scores.apply(x, grad, ctx.window), _Average.apply(weights, grad, ctx.window), None
 
 
 def _prepare(rank: int, kernel_size: Ints, dilation: Ints | None, is_causal: Bools | None, **tensors: Tensor):
@@ -212,10 +69,9 @@ def _qk(
         ValueError: shapes or window arguments do not fit together; the message names the argument.
     """
     window, query, key = _prepare(rank, kernel_size, dilation, is_causal, query=query, key=key)
-    spatial, heads = query.shape[2:-1], query.shape[1]
+    heads = query.shape[1]
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have the head_dim of query, {query.shape[-1]}, got {key.shape[-1]}")
-    scores = _Scores.apply(query.flatten(0, 1), key.flatten(0, 1), window).unflatten(0, query.shape[:2])
     if rpb is not None:
         if any(window.is_causal):
             raise ValueError(f"rpb cannot be combined with a causal axis, got is_causal={window.is_causal}")
@@ -224,12 +80,7 @@ def _qk(
             raise ValueError(
                 f"rpb must have shape (heads, 2 * kernel_size - 1, ...) = {expected}, got {tuple(rpb.shape)}"
             )
-        entry = _table("entry", spatial, window, query.device)
-        bias = F.embedding(entry, rpb.flatten(1).t()).permute(2, 0, 1).unflatten(1, spatial)
-        scores = (scores + bias).to(scores.dtype)
-    if any(window.is_causal):
-        visible = _table("visible", spatial, window, query.device).unflatten(0, spatial)
-        scores = scores.masked_fill(~visible, float("-inf"))
+    scores = logits(query, key, window, rpb)
     if additional_keys is not None:
         more = torch.einsum("bh...d,bhnd->bh...n", query, additional_keys.to(query.dtype))
         scores = torch.cat([scores, more], dim=-1)
@@ -263,7 +114,7 @@ def _av(
     if attn.shape[-1] != sum(slots):
         raise ValueError(f"attn must have {sum(slots)} weights per token, got {attn.shape[-1]}")
     near, far = attn.split(slots, dim=-1)
-    out = _Average.apply(near.flatten(0, 1), value.flatten(0, 1), window).unflatten(0, value.shape[:2])
+    out = average(near, value, window)
     if additional_values is not None:
         out = out + torch.einsum("bh...n,bhnd->bh...d", far.to(out.dtype), additional_values.to(out.dtype))
     return out

@@ -11,8 +11,8 @@ from pathlib import Path
 import dinat_kernels
 import pytest
 import torch
-from dinat_kernels import natten
-from dinat_kernels.natten import functional, v0_14, v0_15, v0_17, weights
+from dinat_kernels import explicit, natten
+from dinat_kernels.natten import functional, v0_14, v0_15, v0_17
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,7 +29,7 @@ def golden() -> dict[str, torch.Tensor]:
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Several chunks of work even at the size of tests."""
-    monkeypatch.setattr(weights, "_CHUNK", 3000)
+    monkeypatch.setattr(explicit, "_CHUNK", 3000)
 
 
 @pytest.fixture
@@ -499,7 +499,7 @@ def test_memory_is_linear(monkeypatch):
                     self.numel = max(self.numel, x.numel())
             return result
 
-    monkeypatch.setattr(weights, "_CHUNK", 1 << 16)
+    monkeypatch.setattr(explicit, "_CHUNK", 1 << 16)
     for side in (32, 64):
         q = torch.randn(1, 1, side, side, 8, requires_grad=True)
         rpb = torch.randn(1, 13, 13, requires_grad=True)
