@@ -4,6 +4,22 @@ All of it works for the models of this package and for those that hold one, such
 same on the command line; docs/inspect.md shows both.
 """
 
+from .cam import grad_cam
+from .erf import Square, effective_fields, logarithm, squares
 from .extraction import Attention, Block, attention, blocks, write_npz
+from .field import Field, receptive_fields
 
-__all__ = ["Attention", "Block", "attention", "blocks", "write_npz"]
+__all__ = [
+    "Attention",
+    "Block",
+    "Field",
+    "Square",
+    "attention",
+    "blocks",
+    "effective_fields",
+    "grad_cam",
+    "logarithm",
+    "receptive_fields",
+    "squares",
+    "write_npz",
+]
