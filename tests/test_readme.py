@@ -1,4 +1,4 @@
-"""README and docs/volumes.md are true: their Python runs, their commands compose, the table holds published facts."""
+"""README and docs/ are true: their Python runs, their commands compose, the table holds published facts."""
 
 import re
 import shlex
@@ -10,25 +10,37 @@ from hydra import compose, initialize_config_dir
 from dinat.data.digits import Digits
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-VOLUMES = (ROOT / "docs" / "volumes.md").read_text()
-PYTHON = [block for page in (README, VOLUMES) for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+}
+
+
+def blocks(language: str) -> list:
+    """The blocks of code of a language on all pages, each with its page and place as the name of its test."""
+    found = []
+    for page, text in PAGES.items():
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            line = text[: match.start()].count("\n") + 1
+            found.append(pytest.param(match[1], id=f"{page}:{line}"))
+    return found
+
+
 COMMANDS = [
-    shlex.split(line)
-    for block in re.findall(r"```bash\n(.*?)```", README + VOLUMES, re.DOTALL)
-    for line in block.splitlines()
+    pytest.param(shlex.split(line, comments=True), id=f"{block.id} {line.split('#')[0].strip()[-40:]}")
+    for block in blocks("bash")
+    for line in block.values[0].splitlines()
     if re.search(r"\b(train|eval)\.py\b", line) and not line.startswith("#")
 ]
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=[str(i) for i in range(len(PYTHON))])
+@pytest.mark.parametrize("block", blocks("python"))
 def test_python(block, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # Later blocks use the imports of the first one.
+    # Later blocks of a page use the imports of its first one.
     exec("import dinat, timm, torch\n" + block, {})
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=[" ".join(c)[-40:] for c in COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_command_line_composes(command):
     script = next(i for i, word in enumerate(command) if word in ("train.py", "eval.py"))
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
@@ -38,7 +50,9 @@ def test_command_line_composes(command):
 
 
 def test_model_table(published):
-    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", PAGES["docs/models.md"], re.MULTILINE
+    )
     facts = {
         name: (
             str(model["input_size"][1]),
@@ -59,9 +73,12 @@ def test_accuracy_of_the_default_job():
     assert images == len(Digits("validation"))
     claim = f"{100 * least / images:.1f} to {100 * most / images:.1f} % top-1, depending on seed and machine"
     assert claim in comment
-    assert claim in README
+    assert claim in PAGES["README.md"]
+    assert claim in PAGES["docs/start.md"]
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", prose):
+        assert ((ROOT / page).parent / target).exists(), target
