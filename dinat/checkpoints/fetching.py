@@ -259,6 +259,11 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def find_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Path:
+    """The file with the weights of a timm pretrained_cfg: its own, or a verified one of its sources."""
+    return Path(cfg.file) if cfg.file else download(sources(cfg), cache_dir)
+
+
 def pretrained_overlay(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> dict[str, Any]:
     """What to overlay on a timm pretrained_cfg so that timm has the model load its weights from a local file.
 
@@ -270,7 +275,7 @@ def pretrained_overlay(cfg: PretrainedCfg, cache_dir: str | Path | None = None) 
     """
     if cfg.state_dict or cfg.source in ("hf-hub", "local-dir") or not cfg.has_weights:
         return {}
-    path = Path(cfg.file) if cfg.file else download(sources(cfg), cache_dir)
+    path = find_weights(cfg, cache_dir)
     shape = Shape.of(to_native(read_checkpoint(path)))
     return {
         "file": str(path),

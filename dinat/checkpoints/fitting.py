@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -10,9 +11,11 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dinat.checkpoints.layouts import STEM, Row, rename_heads, to_native
+from dinat.checkpoints.layouts import HEADS, STEM, backbone_prefix, method_of, rename_heads, to_native
 from dinat.checkpoints.reading import unwrap
 from dinat.errors import CheckpointError
+
+log = logging.getLogger("dinat")
 
 
 def resize_rpb(rpb: Tensor, kernel_size: Sequence[int]) -> Tensor:
@@ -85,23 +88,45 @@ def inflate(weight: Tensor, like: Tensor, mode: str) -> Tensor:
     return F.pad(weight[:, :, None], (0, 0, 0, 0, depth // 2, depth // 2))
 
 
-def fit_dense(checkpoint: Mapping[str, Tensor], model: nn.Module, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """A state dict for a model of `dinat.dense` from a published one, of which every key is used.
+def fit_dense(
+    checkpoint: Mapping[str, Tensor], model: nn.Module, method: str, classes: int | None = None
+) -> dict[str, Tensor]:
+    """Weights of a dense model in any known layout as a state dict for `model`, of which every key is used.
+
+    Parts that only training needs may be left out of the model: their weights are then too, and the log says so.
 
     Args:
-        checkpoint: its backbone, one of the NAT family, is below "backbone.".
-        rows: names of the other parts, from `layouts.mm` or `layouts.detectron2`.
+        checkpoint: with a backbone of the NAT family.
+        model: a model of `dinat.dense`.
+        method: its method, as in `layouts.HEADS`.
+        classes: of the checkpoint, where the model has others: what depends on their number is then the model's, and
+            the log says what that is.
 
     Raises:
-        CheckpointError: the checkpoint is of another architecture.
+        CheckpointError: the checkpoint is of another model; the message says in what it differs.
     """
-    state, own = unwrap(checkpoint), model.state_dict()
-    backbone = {key: value for key, value in state.items() if key.startswith("backbone.")}
-    out = rename_heads({key: value for key, value in state.items() if key not in backbone}, rows)
-    if backbone:
-        prefix = next((key[: match.start()] for key in own if (match := STEM.search(key))), "")
-        out |= {prefix + key: value for key, value in to_native(backbone).items()}
+    state, own, head = unwrap(checkpoint), model.state_dict(), HEADS[method]
+    prefix = backbone_prefix(state)
+    around = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    if (other := method_of(around)) != method:
+        holds = f"is of the method {other}" if other else "holds no head of a dense model that is known"
+        raise CheckpointError(f"the checkpoint {holds}, the model is of the method {method}.")
+    out = rename_heads(around, head.rows)
+    here = next((key[: match.start()] for key in own if (match := STEM.search(key))), "")
+    out |= {here + key: value for key, value in to_native(state).items()}
+    left_out = [key for key in out.keys() - own.keys() if re.match(head.optional, key)]
+    out = {key: value for key, value in out.items() if key not in left_out}
+    out |= {key: own[key] for key in head.constants if key not in out and key in own}
+    found = len(out.get(head.classifier, own[head.classifier])) - len(own[head.classifier]) + model.num_classes
+    if found != (expected := classes or model.num_classes):
+        raise CheckpointError(f"the checkpoint has {found} classes, not {expected}.")
+    anew = [key for key in own if re.match(head.per_class, key)] if found != model.num_classes else []
+    out |= {key: own[key] for key in anew}
     check_fit(own, out, f"the checkpoint is of another architecture than this {type(model).__name__}")
+    if left_out:
+        log.info("%d tensors are of parts that the model was made without: %s ...", len(left_out), min(left_out))
+    if anew:
+        log.info("%d classes instead of %d: %s start anew", model.num_classes, found, ", ".join(anew))
     return out
 
 
@@ -121,7 +146,8 @@ def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str,
         + [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}" for name in sorted(reshaped)[:2]]
     )
     total = len(missing) + len(unexpected) + len(reshaped)
-    raise CheckpointError(f"{what}: {total} entries differ ({examples}).{_hint(missing, unexpected)}")
+    hint = _hint(missing, unexpected) if missing or unexpected else _window_hint(own, state, reshaped)
+    raise CheckpointError(f"{what}: {total} entries differ ({examples}).{hint}")
 
 
 def _hint(missing: Collection[str], unexpected: Collection[str]) -> str:
@@ -133,3 +159,11 @@ def _hint(missing: Collection[str], unexpected: Collection[str]) -> str:
     if unexpected and all(re.match(r"norm\d", key) for key in unexpected):
         return " The checkpoint is of a detection or segmentation backbone: create the model with stage_norm=True."
     return ""
+
+
+def _window_hint(own: Mapping[str, Tensor], state: Mapping[str, Tensor], reshaped: Collection[str]) -> str:
+    """The windows, where bias tables are all that has another shape."""
+    if not all(name.endswith(".rpb") for name in reshaped):
+        return ""
+    there, here = ((weights[min(reshaped)].shape[-1] + 1) // 2 for weights in (state, own))
+    return f" The window is {there} in the checkpoint, {here} in the model (kernel_size)."

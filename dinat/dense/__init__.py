@@ -12,12 +12,15 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import inspect
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
 
 import dinat
-from dinat.errors import UserError, nearest
+from dinat import checkpoints
+from dinat.errors import CheckpointError, UserError, nearest
 
 from . import folder
 from .folder import is_dense, read_config, save
@@ -53,6 +56,8 @@ def create_model(
     pretrained: bool = False,
     num_classes: int | None = None,
     backbone: str | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
     **kwargs: Any,
 ):
     """A `dinat.dense.model.DenseModel`.
@@ -62,30 +67,45 @@ def create_model(
             local-dir:FOLDER for a run folder or another that `save` wrote, with which, of the other arguments, only
             `pretrained` has a meaning.
         pretrained: published weights of the whole model; `pretrained_backbone=True` is for those of the backbone.
-        num_classes: without background; None for those of the published model.
+        num_classes: without background; None for those of the published model. Of another number of them, what
+            depends on it starts anew, and the log says what that is.
         backbone: any timm model with `features_only`; not beside a name that has one.
+        pretrained_cfg_overlay: as timm's, on where the weights are: `file` for one that is here already, in any
+            layout, `url`, which may end in #sha256=HEX, or `hf_hub_id`.
+        cache_dir: instead of the caches of huggingface_hub and torch.hub.
         kwargs: of the method's class: `backbone_kwargs` (a dict for timm), `pretrained_backbone`, the head's arguments.
             For a published model, those that are given replace or (`backbone_kwargs`) join its own.
 
     Raises:
         UserError: an unknown name, an argument that the method does not take, a missing package, `pretrained` where
-            nothing is published.
+            nothing is published, weights that no source has (see `dinat.checkpoints.download`) or that do not fit.
     """
     if name.startswith(LOCAL):
         return _from_folder(name.removeprefix(LOCAL), pretrained)
     method, in_name, published = _parse(name)
     if in_name and backbone is not None:
         raise UserError(f"backbone={backbone}: the name {name} has a backbone already; use {method} as the name.")
-    if pretrained:
+    if pretrained and not published:
         raise UserError(
-            f"pretrained=True: no weights of {name} are known; pretrained_backbone=True takes those of its backbone."
+            f"pretrained=True: no weights of {name} are known.{nearest(name, PUBLISHED)} "
+            "pretrained_backbone=True takes those of its backbone."
         )
     cls = _import(method)
     takes = list(inspect.signature(cls).parameters)
     for argument in kwargs.keys() - set(takes):
         raise UserError(f"{argument}={kwargs[argument]}: {method} takes no such argument.{nearest(argument, takes)}")
     given = {"num_classes": num_classes, "backbone": in_name or backbone, **kwargs}
-    return cls(**_merge(published, {key: value for key, value in given.items() if value is not None}))
+    given = {key: value for key, value in given.items() if value is not None}
+    model = cls(**_merge(published, given))
+    if pretrained:
+        cfg = replace(PUBLISHED[name].pretrained_cfg, **(pretrained_cfg_overlay or {}))
+        path = checkpoints.find_weights(cfg, cache_dir)
+        state = checkpoints.read_checkpoint(path)
+        try:
+            model.load_state_dict(checkpoints.fit_dense(state, model, method, published["num_classes"]))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    return model
 
 
 def _parse(name: str) -> tuple[str, str, dict[str, Any]]:

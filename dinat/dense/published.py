@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg
@@ -52,6 +52,7 @@ class Published:
     hub: str | None = None
     head: dict[str, Any] = field(default_factory=dict)
     multi_scale: tuple[tuple[int, int], ...] = ()
+    host: ClassVar[str] = "https://shi-labs.com"
 
     @property
     def classes(self) -> Classes:
@@ -84,7 +85,7 @@ class Published:
         return PretrainedCfg(
             architecture=self.name.partition(".")[0],
             tag=self.name.partition(".")[2],
-            url=f"https://shi-labs.com/projects/{self.path}",
+            url=f"{self.host}/projects/{self.path}",
             hf_hub_id=self.hub,
             num_classes=len(self.classes),
             license="mit",

@@ -127,6 +127,8 @@ def load_dense_weights(
 ) -> None:
     """Loads weights into a model of `dinat.dense`: all of them or, with `reset_head`, those of the backbone alone.
 
+    Of models with a backbone of this package, published files too, in every layout.
+
     The backbone may come from a model of another method or task, a classifier too. Norms of its feature maps, which
     classifiers do not have, start anew then, and the log says so.
 
@@ -137,18 +139,33 @@ def load_dense_weights(
     state = read_weights(path, use_ema, key)
     if not reset_head:
         what = f"{key}={path} is of another model than this {type(model).__name__}"
-        hint = " (model.reset_head=true takes the backbone alone)" if key == "model.checkpoint" else ""
-        checkpoints.check_fit(model.state_dict(), state, what + hint)
+        what += " (model.reset_head=true takes the backbone alone)" if key == "model.checkpoint" else ""
+        if state.keys() != model.state_dict().keys() and _native(state):
+            try:
+                state = checkpoints.fit_dense(state, model, model.method)
+            except CheckpointError as error:
+                raise UserError(f"{what}: {error}") from error
+        checkpoints.check_fit(model.state_dict(), state, what)
         model.load_state_dict(state)
         return
     own = model.backbone.state_dict()
-    found = _backbone_part(state, own)
+    found = max((_backbone_part(weights, own) for weights in (state, _native(state))), key=len)
     lacking = own.keys() - found.keys()
     if not found or any("norm" not in name.rsplit(".", 2)[-2] for name in lacking):
         checkpoints.check_fit(own, found, f"{key}={path} is of another backbone than {type(model).__name__}'s")
     model.backbone.load_state_dict(found, strict=False)
     new = f"; {', '.join(sorted(lacking))} and the head start anew" if lacking else "; the head starts anew"
     log.info("%s: %d tensors of the backbone%s", path, len(found), new)
+
+
+def _native(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone of this package in a file of any layout, under its own names; {} for others."""
+    try:
+        native = checkpoints.to_native(state)
+        checkpoints.Shape.of(native)
+    except CheckpointError:
+        return {}
+    return native
 
 
 def _backbone_part(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

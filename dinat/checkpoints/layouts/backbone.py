@@ -7,7 +7,7 @@ Published .pth files, Hugging Face NAT and DiNAT (classifiers and backbones), de
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,16 @@ HUGGINGFACE_NAMES = [
 ]
 
 
+def backbone_prefix(keys: Iterable[str]) -> str:
+    """What the names of the backbone begin with. Raises CheckpointError unless there is one of these families."""
+    keys = list(keys)
+    prefixes = {key[: match.start()] for key in keys if (match := STEM.search(key))}
+    if len(prefixes) != 1:
+        found = f"{len(prefixes)} backbones, {', '.join(sorted(prefixes))}" if prefixes else "no backbone"
+        raise CheckpointError(f"the checkpoint holds {found} of the NAT family; its keys begin {keys[:3]}.")
+    return prefixes.pop()
+
+
 def to_native(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights of any of the layouts above under the models' own names, which pass through unchanged.
 
@@ -67,11 +77,7 @@ def to_native(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         CheckpointError: no backbone of these families in it, or more than one.
     """
     state = unwrap(checkpoint)
-    prefixes = {key[: match.start()] for key in state if (match := STEM.search(key))}
-    if len(prefixes) != 1:
-        found = f"{len(prefixes)} backbones, {', '.join(sorted(prefixes))}" if prefixes else "no backbone"
-        raise CheckpointError(f"the checkpoint holds {found} of the NAT family; its keys begin {list(state)[:3]}.")
-    prefix = prefixes.pop()
+    prefix = backbone_prefix(state)
     classifier = re.sub(r"(^|\.)(di)?nat\.$", r"\1", prefix) + "classifier."  # Hugging Face's is beside the backbone
     backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     backbone |= {f"head.fc.{key.rsplit('.')[-1]}": state[key] for key in state if key.startswith(classifier)}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,17 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dinat.dense
-from dinat.checkpoints import fit_dense
-from dinat.checkpoints.layouts import detectron2, mm
+from dinat.checkpoints.layouts import HEADS, rename_heads
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "dense"
-ROWS = {
-    "mask_rcnn": mm.MASK_RCNN,
-    "cascade_mask_rcnn": mm.CASCADE_MASK_RCNN,
-    "upernet": mm.UPERNET,
-    "mask2former": detectron2.MASK2FORMER,
-    "oneformer": detectron2.ONEFORMER,
-}
 SMALL = dict(embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))  # maps as the goldens': 32 to 256 channels
 
 
@@ -72,10 +65,70 @@ def original(fill, keys) -> Callable[..., nn.Module]:
             weights["criterion.empty_weight"] = torch.ones(134).index_fill(0, torch.tensor([133]), 0.1)
         if method == "oneformer":
             weights["criterion.logit_scale"] = torch.tensor(1 / 0.07).log()
-        model.load_state_dict(fit_dense(weights, model, ROWS[method]), assign=True)
+        model.load_state_dict(rename_heads(weights, HEADS[method].rows), assign=True)
         return model.eval()
 
     return original
+
+
+TINY_QUERIES = dict(width=32, heads=4, queries=5, encoder_layers=1, decoder_layers=2, encoder_mlp=32, decoder_mlp=32)
+TINY_RCNN = dict(fpn_channels=16, box_channels=16, mask_channels=8)
+TINY = {  # arguments that make a head small
+    "mask_rcnn": TINY_RCNN,
+    "cascade_mask_rcnn": TINY_RCNN,
+    "upernet": dict(channels=16, auxiliary_channels=8),
+    "mask2former": TINY_QUERIES,
+    "oneformer": TINY_QUERIES,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., nn.Module]:
+    """Makes a small model under the name of a published one, from which it differs in nothing else."""
+
+    def tiny(name: str, backbone_kwargs: dict | None = None, **kwargs) -> nn.Module:
+        small = dict(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 1, 1, 1), kernel_size=3)
+        small |= dict(dilations=[[1], [1, 2], [1], [1]]) | (backbone_kwargs or {})
+        return dinat.dense.create_model(
+            name, backbone_kwargs=small, **(TINY[dinat.dense.PUBLISHED[name].method] | kwargs)
+        )
+
+    return tiny
+
+
+@pytest.fixture(scope="session")
+def randomized(tiny) -> Callable[..., tuple[nn.Module, dict[str, torch.Tensor]]]:
+    """A model of `tiny` whose tensors all differ, and its state dict."""
+
+    def randomized(name: str, **kwargs) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        model = tiny(name, **kwargs)
+        for value in model.state_dict().values():
+            value.copy_(torch.randn_like(value) if value.is_floating_point() else torch.full_like(value, 7))
+        return model, {key: value.clone() for key, value in model.state_dict().items()}
+
+    return randomized
+
+
+@pytest.fixture(scope="session")
+def as_published(keys) -> Callable[[nn.Module], dict[str, torch.Tensor]]:
+    """A model's weights under their original names; those of heads are proven by the golden outputs."""
+
+    def as_published(model: nn.Module) -> dict[str, torch.Tensor]:
+        own, backbone, out = model.state_dict(), model.timm_model[1].state_dict(), {}
+        for key, value in backbone.items():
+            key = re.sub(r"levels\.(\d)\.downsample", lambda match: f"levels.{int(match[1]) - 1}.downsample", key)
+            key = re.sub(r"ls([12])\.gamma", r"gamma\1", key)
+            key = key.replace("levels.", "layers.") if "patch_embed.proj.weight" in backbone else key  # DiNAT_s
+            out["backbone." + key] = value
+        around = [*keys[model.method], "criterion.empty_weight"] if "former" in model.method else keys[model.method]
+        for key in around:
+            names = rename_heads({key: torch.zeros(3)}, HEADS[model.method].rows)
+            if names.keys() <= own.keys():
+                parts = [own[name] for name in names]
+                out[key] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return out
+
+    return as_published
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

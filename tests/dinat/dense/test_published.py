@@ -1,6 +1,7 @@
 """The 49 published models: the catalogue against what their authors say, and each of them at full size, on "meta"."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 import dinat.dense
+from dinat.checkpoints import fit_dense
 from dinat.classes import CLASSES
 from dinat.dense import PUBLISHED
 from dinat.errors import UserError
@@ -42,8 +44,51 @@ def test_the_catalogue_is_whole():
     ]  # fmt: skip
 
 
+def original_shape(key, shape, widths, row):
+    """That of a head's weight in the published file: golden/dense/keys.json has other channels, classes and queries."""
+    if match := re.search(r"lateral_convs\.(\d)\.conv\.weight$", key):
+        return [shape[0], widths[int(match[1])], *shape[2:]]
+    for pattern, width in (
+        (r"psp_modules\.\d\.1\.conv\.weight", widths[3]),
+        (r"decode_head\.bottleneck\.conv\.weight", widths[3] + 4 * 512),
+        (r"auxiliary_head\.convs\.0\.conv\.weight", widths[2]),
+        (r"adapter_1\.weight", widths[0]),
+        *((rf"input_proj\.{i}\.0\.weight", widths[3 - i]) for i in range(3)),
+    ):
+        if re.search(pattern, key):
+            return [shape[0], width, *shape[2:]]
+    if re.search(r"class_embed\.", key):
+        return [len(row.classes) + 1, *shape[1:]]
+    if re.search(r"predictor\.query_(feat|embed)\.weight", key):
+        return [row.head["queries"], *shape[1:]]
+    return shape
+
+
+@pytest.fixture
+def file_of(keys, published_weights):
+    """The file of a published model as its authors wrote it, on "meta"."""
+
+    def file_of(name):
+        row = PUBLISHED[name]
+        backbone = published_weights(row.backbone.partition(".")[0], meta=True)
+        state = {key: value for key, value in backbone.items() if not key.startswith(("norm.", "head."))}
+        widths = [len(value) for key, value in state.items() if key.endswith(".blocks.0.norm1.weight")]
+        norms = {f"norm{i}.{leaf}": [width] for i, width in enumerate(widths) for leaf in ("weight", "bias")}
+        heads = {key: original_shape(key, shape, widths, row) for key, shape in keys[row.method].items()}
+        if "former" in row.method:
+            heads["criterion.empty_weight"] = [len(row.classes) + 1]
+        if row.method == "oneformer":
+            heads["criterion.logit_scale"] = []
+        state |= {key: torch.empty(shape, device="meta") for key, shape in norms.items()}
+        return {f"backbone.{key}": value for key, value in state.items()} | {
+            key: torch.empty(shape, device="meta") for key, shape in heads.items()
+        }
+
+    return file_of
+
+
 @pytest.mark.parametrize("name", FACTS)
-def test_model(name):
+def test_model(name, file_of):
     """At full size: parameters, every block's window and dilation, layer scale, and what post-processing goes by."""
     facts, model = FACTS[name], on_meta(name)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -66,6 +111,18 @@ def test_model(name):
         assert model.combine_first == (facts["task"] == "semantic")
         if facts["task"] == "panoptic":
             assert model.things == list(PUBLISHED[name].classes.things)
+    used_whole(model, file_of(name))
+
+
+def used_whole(model, file):
+    """Every key of the published file is used, and every weight of the model is in it."""
+    content = {"model": file} if "former" in model.method else {"state_dict": file, "meta": {}}
+    weights = fit_dense(content, model, model.method)
+    model.load_state_dict(weights, strict=True, assign=True)
+    used = {id(value) for value in weights.values()}
+    unused = {key for key, value in file.items() if id(value) not in used and "in_proj" not in key}
+    training = ("text_encoder.", "text_projector.", "prompt_ctx.", "criterion.logit_scale")
+    assert all(key.startswith(training) for key in unused), unused
 
 
 def test_classes():
