@@ -10,23 +10,26 @@ from typing import Annotated, Any
 import timm
 import torch
 import typer
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import save_file
 from timm.models import PretrainedCfg, get_arch_name
 from timm.models._hub import get_cache_dir
 from torch import Tensor, nn
 
 from dinat import checkpoints
+from dinat.card import model_card
 from dinat.checkpoints import Shape
 from dinat.checkpoints.fetching import sha256_of
 from dinat.commands.catalogue import Model, console, find, full_name, ours
 from dinat.data.images import ImageError, open_image
 from dinat.errors import CheckpointError, UserError
+from dinat.files import write_text
 from dinat.published import LOGITS, LOGITS_IMAGE
 
 CacheDir = Annotated[Path | None, typer.Option(help="Instead of the caches of huggingface_hub and torch.hub.")]
 Sha256 = Annotated[str | None, typer.Option(metavar="HEX", help="The only hash of the file to accept.")]
 MODEL_FILES = ("config.json", "model.safetensors")
+CARD = "README.md"
 
 
 class Layout(str, Enum):
@@ -130,7 +133,16 @@ def convert(
 
         del arguments["num_classes"]
         export(network, folder, {"input_size": (shape.in_chans, *network.img_size[-2:])}, arguments, [])
+        write_text(folder / CARD, str(card_of(folder)))
     console.print(f"{name}: {len(state)} tensors, {shape.num_classes} classes, in {folder}", soft_wrap=True)
+
+
+def card_of(folder: Path) -> ModelCard:
+    """The card of a model folder that came without one."""
+    from dinat.tasks import find_task  # takes a second to import
+
+    task = json.loads((folder / "config.json").read_text()).get("task", "classification")
+    return model_card(folder, find_task(task).hub_task)
 
 
 def architecture_of(shape: Shape, source: Path) -> str:
@@ -193,22 +205,31 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="organization/name on the Hugging Face hub.")],
     really: Annotated[bool, typer.Option("--yes", help="Do it; without this, only say what would be done.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    licence: Annotated[str | None, typer.Option("--license", help="The hub's word for it, such as mit.")] = None,
 ) -> None:
-    """Publish a model folder on the Hugging Face hub."""
+    """Publish a model folder on the Hugging Face hub, with a model card."""
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(f"DIR {folder}: holds no {' and no '.join(missing)}.")
     checkpoints.read_checkpoint(folder / "model.safetensors")
-    files = [folder / name for name in (*MODEL_FILES, "README.md") if (folder / name).is_file()]
-    for file in files:
-        console.print(f"{'upload' if really else 'would upload'} {file.name}, {file.stat().st_size / 1e6:.1f} MB")
+    card = ModelCard.load(folder / CARD) if (folder / CARD).is_file() else card_of(folder)
+    if licence:
+        card.data.license = licence
+    files = [*MODEL_FILES, CARD]
+    sizes = [*((folder / name).stat().st_size for name in MODEL_FILES), len(str(card).encode())]
+    for name, size in zip(files, sizes, strict=True):
+        console.print(f"{'upload' if really else 'would upload'} {name}, {size / 1e6:.1f} MB")
+    if not card.data.license:
+        console.print(f"{CARD} states no licence; --license ID does.")
     if not really:
         console.print(f"to {repo} ({'private' if private else 'public'} if it is new). Add --yes to do it.")
         return
+    if licence or not (folder / CARD).is_file():
+        write_text(folder / CARD, str(card))
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=[file.name for file in files])
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=files)
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors, of a bad name ValueErrors
         raise UserError(f"REPO {repo}: {' '.join(str(error).split())}") from error
     console.print(commit.commit_url, soft_wrap=True)

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import WeakFileLock
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -21,8 +22,10 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from dinat.card import model_card
 from dinat.errors import UserError
 from dinat.files import write_atomically, write_csv
+from dinat.tasks import Task
 
 log = logging.getLogger("dinat")
 console = Console(stderr=True)  # stdout is for results
@@ -97,6 +100,22 @@ class Bar:
     def speed(self) -> float:
         """Images per second, over the last thousand steps at most."""
         return (self.progress.tasks[self.task].speed or 0.0) * self.images
+
+
+def card(run_dir: Path, cfg: Mapping[str, Any], task: Task, row: Mapping[str, Any]) -> ModelCard:
+    """The model card of what a run exported, whose figures are a row of its summary."""
+    figures = {name: row[f"val_{name}"] for name in task.labels if row[f"val_{name}"] is not None}
+    training = {
+        "epochs": row["epoch"],
+        "updates": row["step"],
+        "images in an update": cfg["batch_size"],
+        "optimizer": cfg["optimizer"]["opt"],
+        "learning rate": cfg["optimizer"]["lr"],
+        "seed": cfg["seed"],
+    }
+    root = cfg["data"]["root"]  # its last part is what people call a folder of theirs; the rest is nobody's business
+    data = ": ".join([cfg["data"]["name"], *([Path(root).name] if root else [])])
+    return model_card(run_dir, task.hub_task, data, figures, task.labels, training)
 
 
 def describe_environment(argv: Sequence[str], device: str, world_size: int) -> dict[str, Any]:

@@ -360,6 +360,7 @@ class Trainer:
                 saved = checkpoint.read_checkpoint(self.run_dir / "best.pt")
                 weights = saved["state_dict_ema"] or saved["state_dict"]
             self.task.export(weights, self.run_dir)
+            write_text(self.run_dir / "README.md", str(report.card(self.run_dir, self.cfg, self.task, row)))
         log.info(
             "%s weights, epoch %d: %s on the validation split; %s",
             self.cfg.checkpoint.export, row["epoch"], self.say(row, "val"), self.run_dir / "model.safetensors",

@@ -43,6 +43,7 @@ class Classification(Task):
 
     name = "classification"
     headline = "top1"
+    hub_task = "image-classification"
     labels = {"loss": "loss", "top1": "top-1", "top5": "top-5"}  # noqa: RUF012 - never written
 
     def __init__(

@@ -20,6 +20,7 @@ class Detection(DenseTask):
 
     name = "detection"
     headline = "box_ap"
+    hub_task = "object-detection"
     labels: ClassVar[dict[str, str]] = {
         "box_ap": "box AP",
         "box_ap50": "box AP50",

@@ -82,6 +82,7 @@ class Task(ABC):
         name: as in `task=NAME`.
         headline: the figure that runs are ranked by; higher is better.
         labels: the figures of an evaluation in the order of the tables, and what people call them.
+        hub_task: what the Hugging Face hub calls it.
         classes: names of the classes in index order, once opened; may be empty where the data has none.
         num_classes: their number.
         share: what a loader has to know of the processes.
@@ -97,6 +98,7 @@ class Task(ABC):
     name: ClassVar[str]
     headline: ClassVar[str]
     labels: ClassVar[dict[str, str]]
+    hub_task: ClassVar[str]
     classes: list[str]
     num_classes: int
 

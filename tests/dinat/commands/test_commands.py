@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -151,8 +152,22 @@ def test_push(dinat, pico, tmp_path, monkeypatch):
     assert done[0] == ("create", ("me/model",), dict(private=True, exist_ok=True))
     assert done[1][1]["repo_id"] == "me/model"
     assert sorted(done[1][1]["allow_patterns"]) == ["README.md", "config.json", "model.safetensors"]
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
     dinat("push", tmp_path / "out", "me/model", "--yes")
     assert done[2] == ("create", ("me/model",), dict(private=False, exist_ok=True))
+
+
+def test_push_writes_the_card_that_is_not_there(dinat, hub, pico, tmp_path, monkeypatch):
+    for layout, library in (("timm", "timm"), ("huggingface", "transformers")):
+        folder = tmp_path / layout
+        assert dinat("convert", pico[0], folder, "--to", layout)[0] == 0
+        (folder / "README.md").unlink(missing_ok=True)
+        assert "states no licence" in dinat("push", folder, "me/model")[1]
+        assert not (folder / "README.md").exists()
+        assert "would upload README.md" in dinat("push", folder, "me/model", "--license", "mit")[1]
+        dinat("push", folder, "not a name", "--yes", "--license", "mit")
+        card = ModelCard.load(folder / "README.md").data
+        assert (card.library_name, card.license, card.pipeline_tag) == (library, "mit", "image-classification")
 
 
 def test_push_that_the_hub_refuses(dinat, hub, pico, tmp_path):

@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -32,8 +33,8 @@ def test_run_folder(run):
     task, folder, score = run
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        "best.pt", "config.json", "config.yaml", "curves.png", "environment.json", "last.pt", "model.safetensors",
-        "predictions.png", "summary.csv", "train.log",
+        "README.md", "best.pt", "config.json", "config.yaml", "curves.png", "environment.json", "last.pt",
+        "model.safetensors", "predictions.png", "summary.csv", "train.log",
     }  # fmt: skip
     first, last = csv.DictReader((folder / "summary.csv").open())
     assert first[f"val_{HEADLINES[task]}"] == ""
@@ -42,6 +43,9 @@ def test_run_folder(run):
     assert len(parts) > 1
     assert float(last["train_loss"]) == pytest.approx(sum(parts), rel=1e-5)
     assert Image.open(folder / "predictions.png").width == 3 * 328 - 8
+    card = ModelCard.load(folder / "README.md").data
+    assert round(score, 4) in {result.metric_value for result in card.eval_results}
+    assert card.pipeline_tag == ("object-detection" if task == "detection" else "image-segmentation")
 
 
 def test_evaluation_repeats_the_figure_of_training(run, evaluation, tmp_path):

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import re
 
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -27,8 +29,8 @@ def test_run_folder(trained):
     run, top1 = trained
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "best.pt", "config.json", "config.yaml", "curves.png", "environment.json", "epoch_0001.pt", "epoch_0002.pt",
-        "last.pt", "model.safetensors", "summary.csv", "train.log",
+        "README.md", "best.pt", "config.json", "config.yaml", "curves.png", "environment.json", "epoch_0001.pt",
+        "epoch_0002.pt", "last.pt", "model.safetensors", "summary.csv", "train.log",
     }  # fmt: skip
     rows = list(csv.DictReader((run / "summary.csv").open()))
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -37,6 +39,23 @@ def test_run_folder(trained):
     assert {"argv", "git", "torch", "timm", "device"} <= json.loads((run / "environment.json").read_text()).keys()
     assert (run / "curves.png").stat().st_size > 10_000
     assert "epoch 2/2" in (run / "train.log").read_text()
+
+
+def test_model_card(trained, digits_folder):
+    """As the hub reads it; its code makes the model."""
+    run, top1 = trained
+    card = ModelCard.load(run / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("timm", "image-classification")
+    figures = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert figures["top-1"] == round(top1, 4)
+    assert {(result.dataset_name, result.dataset_split) for result in card.data.eval_results} == {
+        (f"folder: {digits_folder.name}", "validation")
+    }
+    assert "| epochs | 2 |" in card.text
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    made = {}
+    exec(code.replace("hf-hub:OWNER/NAME", f"local-dir:{run}"), made)
+    assert equal(made["model"].state_dict(), timm.create_model(f"local-dir:{run}", pretrained=True).state_dict())
 
 
 def test_export_is_a_timm_model(trained):
