@@ -164,6 +164,8 @@ def drawn_alike(monkeypatch):
     rand, randperm = torch.rand, torch.randperm
 
     def first_of_all(count, *shape, **other):
+        if not isinstance(count, int):  # a single number: whether a layer is dropped
+            return rand(count, *shape, **other)
         return rand(1, *shape, generator=torch.Generator().manual_seed(7)).expand(count, *shape).clone()
 
     def in_order(count, generator=None, **other):
