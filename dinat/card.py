@@ -22,10 +22,10 @@ from huggingface_hub import snapshot_download
 model = dense.create_model("local-dir:" + snapshot_download("OWNER/NAME"), pretrained=True)"""
 IN_TRANSFORMERS = """\
 import dinat.integrations.transformers
-from transformers import AutoModelForImageClassification
+from transformers import {0}
 
 dinat.integrations.transformers.enable()
-model = AutoModelForImageClassification.from_pretrained("OWNER/NAME")"""
+model = {0}.from_pretrained("OWNER/NAME")"""
 
 
 def model_card(
@@ -49,7 +49,8 @@ def model_card(
     if "task" in config:
         library, code, name = "dinat", IN_DINAT, "_".join(filter(None, map(config["model"].get, ("name", "backbone"))))
     elif "model_type" in config:
-        library, code, name = "transformers", IN_TRANSFORMERS, config["model_type"]
+        (cls,) = config.get("architectures") or ["AutoModelForImageClassification"]
+        library, code, name = "transformers", IN_TRANSFORMERS.format(cls), config["model_type"]
     else:
         library, code, name = "timm", IN_TIMM, config["architecture"]
     classes = config.get("label_names") or [*config.get("id2label", {}).values()]

@@ -98,8 +98,8 @@ def command(
     given. A size other than the model's own (--img-size HEIGHT WIDTH) recomputes the dilations; models for dense
     prediction have none of their own, and are exported for this size and the batch size (2 unless given).
     """
-    if not model.startswith("local-dir:") and not timm.is_model(model):
-        raise UserError(f"{model}: no such model.{nearest(model, timm.list_models())}")
+    if not model.startswith("local-dir:") and not timm.is_model(model) and not dense.is_dense(model):
+        raise UserError(f"{model}: no such model.{nearest(model, [*timm.list_models(), *dense.PUBLISHED])}")
     path = output or Path(f"{Path(model.removeprefix('local-dir:')).name}.{format}")
     if dense.is_dense(model):
         network, dynamic = dense.create_model(model, pretrained=pretrained), False

@@ -1,5 +1,6 @@
 """README and docs/ are true: their Python runs, their commands compose, the table holds published facts."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -64,6 +65,26 @@ def test_model_table(published):
         if model["published"]["imagenet1k_top1"] is not None
     }
     assert {name: tuple(row) for name, *row in rows} == facts
+
+
+def test_table_of_dense_models():
+    """As their authors say; the names of published models on all pages are in it."""
+    words = {"box_ap": "box AP", "mask_ap": "mask AP", "pq": "PQ", "pq_things": "things", "pq_stuff": "stuff"}
+    words |= {"miou": "mIoU", "miou_multi_scale": "at several scales"}
+    expected = {}
+    for name, facts in json.loads((ROOT / "tests" / "golden" / "dense" / "published.json").read_text()).items():
+        millions = f"{facts['params'] / 1e6:.1f}" if facts["params"] > 1000 else str(facts["params"])
+        figures = ", ".join(f"{word} {facts['figures'][key]}" for key, word in words.items() if key in facts["figures"])
+        expected[name] = (millions, "{} / {}".format(*facts["resize"]), figures)
+    rows = re.findall(r"^\| `([\w.]+)` \| ([\d.]+) \| (\d+ / \d+) \| (.*) \|$", PAGES["docs/dense.md"], re.MULTILINE)
+    assert {name: tuple(row) for name, *row in rows} == expected
+    pattern = (
+        r"\b(?:mask_rcnn|cascade_mask_rcnn|upernet|mask2former|oneformer)_d?i?nat_\w+\.[a-z]+(?:20k)?_?\w*(?![\w…])"
+    )
+    named = {
+        name for page in PAGES.values() for name in re.findall(pattern, page) if not name.endswith((".pth", ".DATA"))
+    }
+    assert named <= expected.keys()
 
 
 def test_accuracy_of_the_default_job():

@@ -124,9 +124,9 @@ def fit_dense(
     out |= {key: own[key] for key in anew}
     check_fit(own, out, f"the checkpoint is of another architecture than this {type(model).__name__}")
     if left_out:
-        log.info("%d tensors are of parts that the model was made without: %s ...", len(left_out), min(left_out))
+        log.warning("%d tensors are of parts that the model was made without: %s ...", len(left_out), min(left_out))
     if anew:
-        log.info("%d classes instead of %d: %s start anew", model.num_classes, found, ", ".join(anew))
+        log.warning("%d classes instead of %d: %s start anew", model.num_classes, found, ", ".join(anew))
     return out
 
 

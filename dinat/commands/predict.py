@@ -45,13 +45,13 @@ def predict(
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Of a dense model: where its results go.")] = None,
     exif_transpose: Annotated[bool, typer.Option("--exif-transpose", help="Turn images upright first.")] = False,
 ) -> None:
-    """Show the likeliest classes of images; or find objects and segments, with a dense model (local-dir:RUN)."""
+    """Show the likeliest classes of images; or find objects and segments, with a model for dense prediction."""
     files = list(find_images(images))
     errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     if dense.is_dense(model):
         if output is None:
             raise UserError(f"--output is not set, and --model {model} is for dense prediction. Give a folder.")
-        refuse_unread(predict_dense(files, model.partition(":")[2], output, exif_transpose, errors), len(files))
+        refuse_unread(predict_dense(files, model, checkpoint, output, exif_transpose, errors), len(files))
         return
     network = load(model, checkpoint)
     if not network.num_classes:

@@ -22,22 +22,29 @@ from dinat.files import write_atomically
 from dinat.visualize import draw
 
 
-def predict_dense(files: list[Path], folder: str, output: Path, exif_transpose: bool, errors: Console) -> int:
-    """Writes what the model of a folder finds in images; returns how many could not be read, once they are named.
+def predict_dense(
+    files: list[Path], model: str, checkpoint: Path | None, output: Path, exif_transpose: bool, errors: Console
+) -> int:
+    """Writes what a model finds in images; returns how many could not be read, once they are named.
+
+    The model is a published one, its weights perhaps in a file, or local-dir:FOLDER.
 
     For each image there is a picture NAME.png; beside them detections.json (COCO's records, images by their number,
     classes by the ids of the training data), panoptic.json with a folder of PNG files, or, of semantic maps,
     NAME_labels.png, whose pixels are labels.
 
     Raises:
-        UserError: for images of the same name, whose results would overwrite each other.
+        UserError: for images of the same name, whose results would overwrite each other; for a file beside a folder.
     """
     names: dict[str, Path] = {}
     for file in files:
         if (other := names.setdefault(file.stem, file)) is not file:
             raise UserError(f"IMAGE {file}: has the name of {other}, so their results would be the same file.")
-    described = dense.read_config(folder)
-    network = dense.create_model(f"{dense.LOCAL}{folder}", pretrained=True).eval()
+    if checkpoint and model not in dense.PUBLISHED:
+        raise UserError(f"--checkpoint {checkpoint}: --model {model} has its weights already. Leave one of them out.")
+    described = dense.describe(model)
+    overlay = {"file": str(checkpoint)} if checkpoint else None
+    network = dense.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay).eval()
     resize = dense_eval_transform(described["preprocessing"]["transform"])
     classes, found, unreadable = described["label_names"], [], 0
     output.mkdir(parents=True, exist_ok=True)

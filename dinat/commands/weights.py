@@ -16,11 +16,13 @@ from timm.models import PretrainedCfg, get_arch_name
 from timm.models._hub import get_cache_dir
 from torch import Tensor, nn
 
-from dinat import checkpoints
+from dinat import checkpoints, dense
 from dinat.card import model_card
 from dinat.checkpoints import Shape
 from dinat.checkpoints.fetching import sha256_of
+from dinat.checkpoints.layouts import method_of
 from dinat.commands.catalogue import Model, console, find, full_name, ours
+from dinat.commands.convert_dense import convert_dense
 from dinat.data.images import ImageError, open_image
 from dinat.errors import CheckpointError, UserError
 from dinat.files import write_text
@@ -37,6 +39,7 @@ class Layout(str, Enum):
 
     timm = "timm"
     huggingface = "huggingface"
+    huggingface_dinat = "huggingface-dinat"
 
 
 def get(cfg: PretrainedCfg, cache_dir: Path | None, sha256: str | None = None, force: bool = False) -> Path:
@@ -70,7 +73,8 @@ def verify(
     cfg = find(model)
     name, path = full_name(cfg), get(cfg, cache_dir, sha256)
     console.print(f"file       {path}\nhash       ok, {sha256_of(path)}", soft_wrap=True)
-    network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
+    create = dense.create_model if name in dense.PUBLISHED else timm.create_model
+    network = create(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path))).eval()
     bad = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
     if bad:
         raise CheckpointError(f"{path}: {bad[0]} holds values that are not finite.")
@@ -106,11 +110,22 @@ def known_image_logits(network: nn.Module, image: Path | None) -> Tensor:
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A checkpoint in any of the known layouts.")],
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder, made if need be.")],
-    model: Annotated[str | None, typer.Option(help="Architecture, where the weights leave it open.")] = None,
-    to: Annotated[Layout, typer.Option(help="timm's model folder, or that of transformers.")] = Layout.timm,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Architecture, where the weights leave it open; a published dense model, to keep its head."),
+    ] = None,
+    to: Annotated[
+        Layout,
+        typer.Option(help="A model folder of timm (of ours, with a head), or of transformers, perhaps with its DiNAT."),
+    ] = Layout.timm,
 ) -> None:
     """Convert weights of any layout to a model folder."""
-    state = checkpoints.to_native(checkpoints.read_checkpoint(source))
+    if model in dense.PUBLISHED:
+        console.print(convert_dense(source, folder, model, to.value), soft_wrap=True)
+        write_text(folder / CARD, str(card_of(folder)))
+        return
+    checkpoint = checkpoints.read_checkpoint(source)
+    state = checkpoints.to_native(checkpoint)
     shape = Shape.of(state)
     name = find(model).architecture if model else architecture_of(shape, source)
     arguments: dict[str, Any] = dict(num_classes=shape.num_classes, in_chans=shape.in_chans)
@@ -126,7 +141,7 @@ def convert(
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    if to is Layout.huggingface:
+    if to is not Layout.timm:
         write_huggingface(network, name, shape, folder)
     else:
         from dinat.tasks.models import export  # takes a second to import
@@ -135,14 +150,20 @@ def convert(
         export(network, folder, {"input_size": (shape.in_chans, *network.img_size[-2:])}, arguments, [])
         write_text(folder / CARD, str(card_of(folder)))
     console.print(f"{name}: {len(state)} tensors, {shape.num_classes} classes, in {folder}", soft_wrap=True)
+    if head := method_of(checkpoint):
+        console.print(
+            f"the head, of the method {head}, is left out: --model {head}_{name}.DATA keeps it", soft_wrap=True
+        )
 
 
 def card_of(folder: Path) -> ModelCard:
     """The card of a model folder that came without one."""
     from dinat.tasks import find_task  # takes a second to import
 
-    task = json.loads((folder / "config.json").read_text()).get("task", "classification")
-    return model_card(folder, find_task(task).hub_task)
+    config = json.loads((folder / "config.json").read_text())
+    if any("Segmentation" in name for name in config.get("architectures", ())):  # of transformers
+        return model_card(folder, "image-segmentation")
+    return model_card(folder, find_task(config.get("task", "classification")).hub_task)
 
 
 def architecture_of(shape: Shape, source: Path) -> str:

@@ -23,8 +23,8 @@ from dinat import checkpoints
 from dinat.errors import CheckpointError, UserError, nearest
 
 from . import folder
-from .folder import is_dense, read_config, save
-from .published import PUBLISHED
+from .folder import read_config, save
+from .published import PUBLISHED, Published
 
 METHODS = {  # class and file of each
     "mask_rcnn": ("MaskRCNN", "rcnn"),
@@ -36,7 +36,17 @@ METHODS = {  # class and file of each
 
 LOCAL = "local-dir:"
 
-__all__ = ["METHODS", "PUBLISHED", "create_model", "is_dense", "list_models", "read_config", "save"]
+__all__ = [
+    "METHODS",
+    "PUBLISHED",
+    "Published",
+    "create_model",
+    "describe",
+    "is_dense",
+    "list_models",
+    "read_config",
+    "save",
+]
 
 
 def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
@@ -49,6 +59,16 @@ def list_models(pattern: str = "*", pretrained: bool = False) -> list[str]:
     families = (dinat.models.nat, dinat.models.dinat_s)
     backbones = [name for family in families for name in timm.list_models(module=family.__name__.rsplit(".")[-1])]
     return fnmatch.filter(sorted(f"{method}_{name}" for method in METHODS for name in backbones), pattern)
+
+
+def is_dense(name: str) -> bool:
+    """Whether `name` is a published model, or local-dir:FOLDER with the folder of a dense model."""
+    return name in PUBLISHED or (name.startswith(LOCAL) and folder.is_dense(name.removeprefix(LOCAL)))
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What config.json says, or would say, of a model for which `is_dense` holds; see `save`."""
+    return dict(PUBLISHED[name].described) if name in PUBLISHED else folder.read_config(name.removeprefix(LOCAL))
 
 
 def create_model(

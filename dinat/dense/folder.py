@@ -31,11 +31,10 @@ def save(model: nn.Module, described: Mapping[str, Any], folder: Path) -> None:
     write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
 
 
-def is_dense(name: str) -> bool:
-    """Whether `name` is the folder of a dense model, as local-dir:FOLDER."""
-    kind, _, folder = name.partition(":")
+def is_dense(folder: str | Path) -> bool:
+    """Whether it is the folder of a dense model."""
     config = Path(folder) / CONFIG
-    return kind == "local-dir" and config.is_file() and "task" in json.loads(config.read_text())
+    return config.is_file() and "task" in json.loads(config.read_text())
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -77,6 +77,18 @@ class Published:
         }  # fmt: skip
 
     @property
+    def described(self) -> dict[str, Any]:
+        """What config.json of a folder with this model says, see `dinat.dense.save`."""
+        return {
+            "task": self.task,
+            "model": {"name": self.name, "backbone": None, "kwargs": {}},
+            "num_classes": len(self.classes),
+            "label_names": list(self.classes.names),
+            "category_ids": list(self.classes.ids),
+            "preprocessing": self.preprocessing,
+        }
+
+    @property
     def pretrained_cfg(self) -> PretrainedCfg:
         """Where the weights are, as timm says it of backbones."""
         of_oneformer = self.method == "oneformer"

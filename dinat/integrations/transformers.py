@@ -8,6 +8,9 @@
 These models need functions of NATTEN that its newer releases do not have.  Besides, transformers 4.54 and newer treat a
 feature map as a sequence when they call them: 4.x raises, 5.x passes the axes in a wrong order.  `enable` replaces the
 attention of these models, and nothing else, in this process.
+
+Importing this lets transformers 5 and newer read folders with our backbone (`dinat convert --to huggingface`), and
+changes nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ import transformers
 from dinat_kernels import na2d
 from dinat_kernels.natten.functional import natten2dav, natten2dqkrpb
 from packaging.version import Version
+
+if Version(transformers.__version__) >= Version("5"):
+    import dinat.dense.backbone  # noqa: F401  registers it
 
 _OLDEST, _UNKNOWN = "4.54", "6"  # the first version this is written for, and the first one it is not
 _MODULES = ("transformers.models.dinat.modeling_dinat", "transformers.models.deprecated.nat.modeling_nat")

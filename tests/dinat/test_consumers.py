@@ -2,7 +2,12 @@
 
 import json
 import math
+import re
+import sys
+from collections import namedtuple
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import timm
@@ -98,6 +103,52 @@ def test_timm_attention_extract(name, options, without_fused_attention):
         attn = model.levels[i].blocks[j].attn
         assert weights.shape == (2, attn.num_heads, sides[i], sides[i], math.prod(attn.kernel_size))
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+def stand_in(monkeypatch, name, **content):
+    module = ModuleType(name)
+    vars(module).update(content)
+    for depth in range(1, name.count(".") + 1):
+        monkeypatch.setitem(sys.modules, name.rsplit(".", depth)[0], ModuleType(name.rsplit(".", depth)[0]))
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def block_of(library):
+    page = (Path(__file__).parents[2] / "docs" / "migrating.md").read_text()
+    (block,) = (
+        code for code in re.findall(r"```python no-run\n(.*?)```", page, re.DOTALL) if f"from {library}" in code
+    )
+    return block
+
+
+class Registry:
+    """Of mmengine and fvcore: a decorator that is called."""
+
+    def register(self):
+        return lambda thing: thing
+
+    register_module = register
+
+
+def test_mmdetection(image, monkeypatch):
+    """The page's wrapper, on a stand-in for mmdetection."""
+    stand_in(monkeypatch, "mmdet.registry", MODELS=Registry())
+    exec(block_of("mmdet"), namespace := {})
+    backbone = namespace["NeighborhoodAttention"](name="dinat_mini", depths=(1, 1, 1, 1))
+    backbone.init_weights()
+    assert [tuple(x.shape[1:]) for x in backbone(image)] == [(64, 16, 24), (128, 8, 12), (256, 4, 6), (512, 2, 3)]
+
+
+def test_detectron2(image, monkeypatch):
+    """The page's wrapper, on a stand-in for detectron2."""
+    spec = namedtuple("ShapeSpec", "channels height width stride")
+    stand_in(monkeypatch, "detectron2.layers", ShapeSpec=spec)
+    stand_in(monkeypatch, "detectron2.modeling", BACKBONE_REGISTRY=Registry(), Backbone=torch.nn.Module)
+    exec(block_of("detectron2"), namespace := {})
+    backbone = namespace["NeighborhoodAttention"](pretrained=False, depths=(1, 1, 1, 1))
+    shapes = {name: (shape.channels, shape.stride) for name, shape in backbone.output_shape().items()}
+    assert shapes == {"res2": (64, 4), "res3": (128, 8), "res4": (256, 16), "res5": (512, 32)}
+    assert {name: (x.shape[1], 64 // x.shape[2]) for name, x in backbone(image).items()} == shapes
 
 
 def test_compile_whole_model(image, fresh_dynamo):

@@ -13,6 +13,7 @@ from torch import nn
 
 import dinat.dense
 from dinat.checkpoints.layouts import HEADS, rename_heads
+from dinat.dense import create_model
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "dense"
 SMALL = dict(embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))  # maps as the goldens': 32 to 256 channels
@@ -86,12 +87,11 @@ TINY = {  # arguments that make a head small
 def tiny() -> Callable[..., nn.Module]:
     """Makes a small model under the name of a published one, from which it differs in nothing else."""
 
-    def tiny(name: str, backbone_kwargs: dict | None = None, **kwargs) -> nn.Module:
+    def tiny(name: str, pretrained: bool = False, backbone_kwargs: dict | None = None, **kwargs) -> nn.Module:
         small = dict(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 1, 1, 1), kernel_size=3)
         small |= dict(dilations=[[1], [1, 2], [1], [1]]) | (backbone_kwargs or {})
-        return dinat.dense.create_model(
-            name, backbone_kwargs=small, **(TINY[dinat.dense.PUBLISHED[name].method] | kwargs)
-        )
+        arguments = TINY[dinat.dense.PUBLISHED[name].method] | kwargs
+        return create_model(name, pretrained, backbone_kwargs=small, **arguments)
 
     return tiny
 

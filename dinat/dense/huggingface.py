@@ -1,0 +1,82 @@
+"""Models of `dinat.dense` as folders of transformers, which `from_pretrained` reads.
+
+With our backbone, `import dinat.integrations.transformers` has to come before it. With transformers' own DiNAT, as in
+the three OneFormers of the hub, `dinat.integrations.transformers.enable()` has to.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from shutil import copyfile
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import DinatConfig, OneFormerConfig
+
+from dinat import checkpoints
+from dinat.checkpoints import Shape
+from dinat.errors import UserError
+from dinat.files import write_atomically
+from dinat.models.nat import ConvStem
+
+from .model import DenseModel
+
+
+def save_pretrained(model: DenseModel, folder: Path, labels: Sequence[str], own_backbone: bool = True) -> None:
+    """Writes config.json and model.safetensors for transformers.
+
+    Args:
+        model: a UPerNet, Mask2Former or OneFormer.
+        labels: names of the classes.
+        own_backbone: ours, with all its arguments; otherwise transformers' DiNAT.
+
+    Raises:
+        UserError: transformers has no such model.
+    """
+    if not hasattr(model, "network"):
+        raise UserError(f"transformers has no {type(model).__name__}; it has UPerNet, Mask2Former and OneFormer.")
+    prefix, backbone = model.timm_model
+    prefix = prefix.removeprefix("network.")
+    config, state = copy.deepcopy(model.network.config), model.network.state_dict()
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.architectures = [type(model.network).__name__]
+    if isinstance(config, OneFormerConfig) and "criterion.logit_scale" not in state:  # of training with texts
+        state["criterion.logit_scale"] = torch.tensor(1 / config.contrastive_temperature).log()
+    if not own_backbone:
+        config.backbone_config = dinat_config(backbone)
+        there = prefix[: prefix.index("features.")]
+        state = {key: value for key, value in state.items() if not key.startswith(prefix)}
+        state |= checkpoints.to_huggingface(backbone.state_dict(), there)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as temporary:
+        config.save_pretrained(temporary)
+        state = {key: value.contiguous() for key, value in state.items()}
+        save_file(state, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
+        for name in ("model.safetensors", "config.json"):
+            # copied, not moved: safetensors makes files that only their owner can read
+            write_atomically(folder / name, partial(copyfile, Path(temporary) / name))
+
+
+def dinat_config(backbone: nn.Module) -> DinatConfig:
+    """transformers' configuration of a NAT or DiNAT. Raises UserError for a backbone that it has not."""
+    shape = Shape.of(backbone.state_dict())
+    windows = {max(window) for window in shape.kernel_size}
+    if len(windows) > 1 or not isinstance(backbone.patch_embed, ConvStem):
+        raise UserError("transformers' own DiNAT has one window, and it has no DiNAT_s. Use --to huggingface.")
+    return DinatConfig(
+        num_channels=shape.in_chans,
+        embed_dim=shape.embed_dim,
+        depths=list(shape.depths),
+        num_heads=list(shape.num_heads),
+        kernel_size=windows.pop(),
+        dilations=[list(level) for level in backbone.dilations],
+        mlp_ratio=shape.mlp_ratio,
+        layer_norm_eps=1e-5,
+        layer_scale_init_value=1e-5 if shape.layer_scale else 0.0,
+        out_features=[f"stage{i + 1}" for i in range(len(shape.depths))],
+    )
