@@ -118,7 +118,10 @@ def create_model(
     given = {key: value for key, value in given.items() if value is not None}
     model = cls(**_merge(published, given))
     if pretrained:
-        cfg = replace(PUBLISHED[name].pretrained_cfg, **(pretrained_cfg_overlay or {}))
+        try:
+            cfg = replace(PUBLISHED[name].pretrained_cfg, **(pretrained_cfg_overlay or {}))
+        except TypeError as error:
+            raise UserError(f"pretrained_cfg_overlay={pretrained_cfg_overlay}: {error}") from error
         path = checkpoints.find_weights(cfg, cache_dir)
         state = checkpoints.read_checkpoint(path)
         try:

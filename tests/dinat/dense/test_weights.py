@@ -241,6 +241,8 @@ def test_what_is_not_whole_is_refused(change, message, tiny, as_published, tmp_p
 
 
 def test_nothing_is_known_of_other_names():
+    with pytest.raises(UserError, match=r"pretrained_cfg_overlay=\{'fil': 'x'\}: .*unexpected keyword argument 'fil'"):
+        dinat.dense.create_model("upernet_nat_mini.ade20k", pretrained=True, pretrained_cfg_overlay={"fil": "x"})
     with pytest.raises(UserError, match=r"no weights of upernet_dinat_tiny are known\. Did you mean"):
         dinat.dense.create_model("upernet_dinat_tiny", pretrained=True)
 
