@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinat.errors import UserError
-from dinat.models.nat import NAT
+
+from .extraction import blocks, has_classifier
 
 
 def grad_cam(model: nn.Module, images: Tensor, classes: Tensor | None = None) -> Tensor:
@@ -22,11 +23,12 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor | None = None) ->
         (batch, height, width) in the size of the images, bilinear, from 0 to 1; 0 everywhere where nothing raises it.
 
     Raises:
-        UserError: the model has no classifier, or not this class.
+        UserError: the model has no classifier, or not this class, or is for volumes.
         ValueError: the model is in training mode.
     """
-    if not isinstance(model, NAT) or not model.num_classes:
+    if not has_classifier(model):
         raise UserError(f"model={type(model).__name__}: has no classifier; Grad-CAM is for classes.")
+    blocks(model)  # refuses volumes
     if model.training:
         raise ValueError("grad_cam() works in evaluation mode: call model.eval() first")
     with torch.enable_grad():

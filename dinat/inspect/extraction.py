@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dinat.errors import UserError
 from dinat.files import write_atomically
-from dinat.models.nat import NATStage
+from dinat.models.nat import NAT, NATStage
 
 
 class Block(NamedTuple):
@@ -27,7 +27,7 @@ class Block(NamedTuple):
     strides: tuple[int, int]  # (vertical, horizontal) pixels from one token to the next
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attention:
     """What the heads of one block attend to.
 
@@ -95,12 +95,17 @@ def blocks(model: nn.Module) -> list[Block]:
     ]
 
 
-def find_block(items: Sequence, name: str):
-    """The one of `blocks` or of `attention`'s results that is called LEVEL.BLOCK; UserError if none is."""
-    names = [item.name if isinstance(item, Block) else item.block for item in items]
+def has_classifier(model: nn.Module) -> bool:
+    """Whether the outputs of a model are the logits of classes."""
+    return isinstance(model, NAT) and model.num_classes > 0
+
+
+def find_block(layers: Sequence[Attention], name: str) -> Attention:
+    """The one of these that is called LEVEL.BLOCK. Raises UserError if none is."""
+    names = [layer.block for layer in layers]
     if name not in names:
         raise UserError(f"block={name}: no such block. There are {', '.join(names)}.")
-    return items[names.index(name)]
+    return layers[names.index(name)]
 
 
 def check_head(attention: Attention, head: int | None) -> None:

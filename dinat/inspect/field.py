@@ -20,7 +20,7 @@ from dinat.models.nat import NAT, ConvDownsample, ConvStem
 from .extraction import blocks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Field:
     """What reaches the tokens of a map, after one block.
 

@@ -73,7 +73,7 @@ def test_backbones_within_other_models(options):
 
 
 def test_backbone_of_a_dense_model():
-    model = dense.create_model("upernet", num_classes=3, backbone="dinat_pico_patch4").eval()
+    model = dense.create_model("upernet", num_classes=3, backbone="dinat_pico_patch4", channels=8).eval()
     found = attention(model, torch.randn(1, 3, 64, 96))
     sizes = {layer.strides[0]: layer.size for layer in found}
     assert sizes == {4: (16, 24), 8: (8, 12), 16: (4, 6)}
