@@ -7,7 +7,7 @@ import sys
 import typer
 
 from dinat import export
-from dinat.commands import catalogue, predict, weights
+from dinat.commands import catalogue, inspect, predict, weights
 from dinat.errors import UserError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for command in (
 ):
     app.command("list" if command is catalogue.list_models else None)(command)
 app.command("export")(export.command)
+app.add_typer(inspect.app, name="inspect")
 
 
 def main() -> None:

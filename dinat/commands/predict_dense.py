@@ -40,12 +40,8 @@ def predict_dense(
     for file in files:
         if (other := names.setdefault(file.stem, file)) is not file:
             raise UserError(f"IMAGE {file}: has the name of {other}, so their results would be the same file.")
-    if checkpoint and model not in dense.PUBLISHED:
-        raise UserError(f"--checkpoint {checkpoint}: --model {model} has its weights already. Leave one of them out.")
+    network, resize = load_dense(model, checkpoint)
     described = dense.describe(model)
-    overlay = {"file": str(checkpoint)} if checkpoint else None
-    network = dense.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    resize = dense_eval_transform(described["preprocessing"]["transform"])
     classes, found, unreadable = described["label_names"], [], 0
     output.mkdir(parents=True, exist_ok=True)
     for name, file in track(names.items(), "images", console=errors, transient=True, disable=not errors.is_terminal):
@@ -67,6 +63,15 @@ def predict_dense(
     if described["task"] == "panoptic":
         write_panoptic(output / "panoptic.json", ((i, file.name, one) for i, (file, one) in enumerate(found)), ids)
     return unreadable
+
+
+def load_dense(model: str, checkpoint: Path | None) -> tuple[nn.Module, Any]:
+    """A model in evaluation mode, and how its images are resized. Raises UserError for a file beside a folder."""
+    if checkpoint and model not in dense.PUBLISHED:
+        raise UserError(f"--checkpoint {checkpoint}: --model {model} has its weights already. Leave one of them out.")
+    overlay = {"file": str(checkpoint)} if checkpoint else None
+    network = dense.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    return network, dense_eval_transform(dense.describe(model)["preprocessing"]["transform"])
 
 
 def predict_one(network: nn.Module, resize: Any, image: tv_tensors.Image) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""docs/command_line.md is true: every command on it is run, and prints what stands there.
+"""docs/command_line.md and docs/inspect.md are true: every command on them is run, and prints what stands there.
 
-`RENEW_PAGE=1 pytest tests/dinat/commands/test_page.py` writes the page anew, to be read before it is committed.
+`RENEW_PAGE=1 pytest tests/dinat/commands/test_page.py` writes the pages anew, to be read before they are committed.
 """
 
 import os
@@ -20,13 +20,13 @@ from dinat.commands import weights
 from dinat.commands.weights import known_image_logits
 
 PAGE_S_TYPER = Version(version("typer")) >= Version("0.29")  # whose words for usage the page has
-PAGE = Path(__file__).parents[3] / "docs" / "command_line.md"
-BLOCKS = re.findall(r"```console\n(.*?)```", PAGE.read_text(), re.DOTALL)
+PAGES = [Path(__file__).parents[3] / "docs" / name for name in ("command_line.md", "inspect.md")]
+each_page = pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
 
 
-def sessions():
-    """(command, output) of every command on the page, in order."""
-    for block in BLOCKS:
+def sessions(page):
+    """(command, output) of every command on a page, in order."""
+    for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL):
         for session in block.removeprefix("$ ").split("\n$ "):
             command, _, output = session.partition("\n")
             yield command, output.rstrip("\n")
@@ -34,7 +34,7 @@ def sessions():
 
 @pytest.fixture
 def workplace(hub, published_weights, tmp_path, monkeypatch, close_session):
-    """What the page assumes: a hub with the weights of dinat_mini, a published file, photographs."""
+    """What the pages assume: a hub with the weights of dinat_mini, a published file, photographs."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # the publisher is out of reach
     close_session()  # a session keeps the proxies it began with
@@ -67,23 +67,25 @@ def general(output: str, workplace: Path) -> str:
     return "\n".join(line.rstrip() for line in output.splitlines())
 
 
-def run(dinat, workplace):
-    for command, expected in sessions():
+def run(page, dinat, workplace):
+    for command, expected in sessions(page):
         status, out, err = dinat(*shlex.split(command)[1:])
         yield command, expected, status, general(out + err, workplace)
 
 
-def test_page(dinat, workplace):
-    for command, expected, status, printed in run(dinat, workplace):
+@each_page
+def test_page(page, dinat, workplace):
+    for command, expected, status, printed in run(page, dinat, workplace):
         if PAGE_S_TYPER or not expected.lstrip().startswith("Usage: "):
             assert printed == expected, command
         assert status == (2 if re.search("^(error|Error): ", expected, re.MULTILINE) else 0), command
 
 
 @pytest.mark.skipif(not os.environ.get("RENEW_PAGE"), reason="only to renew the page")
-def test_renew(dinat, workplace):
-    page = PAGE.read_text()
-    for command, expected, _, printed in run(dinat, workplace):
+@each_page
+def test_renew(page, dinat, workplace):
+    text = page.read_text()
+    for command, expected, _, printed in run(page, dinat, workplace):
         old = f"$ {command}\n{expected}\n" if expected else f"$ {command}\n"
-        page = page.replace(old, f"$ {command}\n{printed}\n", 1)
-    PAGE.write_text(page)
+        text = text.replace(old, f"$ {command}\n{printed}\n", 1)
+    page.write_text(text)
