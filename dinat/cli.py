@@ -22,7 +22,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinat import engine
 from dinat.errors import UserError, nearest
-from dinat.tasks import find_task
 
 USER_ERROR = 2  # exit status
 RANK = int(os.environ.get("RANK", 0))  # of this process, where torchrun started it
@@ -66,7 +65,7 @@ def eval_job(cfg: DictConfig) -> float:
     result = engine.evaluate(cfg)
     if RANK == 0:
         print(json.dumps(result), flush=True)
-    return result[find_task(result["task"]).headline]
+    return result[result["headline"]]
 
 
 def train() -> None:

@@ -59,6 +59,7 @@ def predict(
     if getattr(network, "rank", 2) != 2:
         raise UserError(f"--model {model}: takes volumes, and these are images. eval.py evaluates it.")
     names = class_names(network)
+    several = has_several_labels(model)
     preprocessing = resolve_preprocessing({}, network)
     transform = create_transform(**preprocessing)
     rows: list[dict[str, Any]] = []
@@ -79,7 +80,7 @@ def predict(
             continue
         with torch.inference_mode():
             logits = network(torch.stack([pixels for _, pixels in batch]))
-        best = logits.softmax(dim=1).topk(min(top, network.num_classes), dim=1)
+        best = (logits.sigmoid() if several else logits.softmax(dim=1)).topk(min(top, network.num_classes), dim=1)
         for (file, _), probabilities, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
             for rank, (probability, index) in enumerate(zip(probabilities, indices, strict=True), start=1):
                 rows.append(
@@ -123,6 +124,15 @@ def load(model: str, checkpoint: Path | None) -> nn.Module:
         raise
     except (OSError, RuntimeError, ValueError, KeyError) as error:  # timm's, of a model without weights or a bad folder
         raise UserError(f"--model {model}: {' '.join(str(error).split())}") from error
+
+
+def has_several_labels(model: str) -> bool:
+    """Whether a model of a run folder says of each class by itself how likely it is: config.json tells."""
+    from dinat.tasks.models import SEVERAL  # takes a second to import
+
+    if not model.startswith("local-dir:"):
+        return False
+    return bool(json.loads(Path(model.partition(":")[2], "config.json").read_text()).get(SEVERAL))
 
 
 def class_names(network: nn.Module) -> list[str]:

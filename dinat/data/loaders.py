@@ -1,8 +1,9 @@
 """From a dataset to batches: transforms, order, and what is done about images that cannot be read.
 
-A batch is `(images, targets, problems)`: uint8 `(B, C, H, W)`, int64 `(B,)` and a list with one line for each image
-that could not be read. For dense prediction, images are a list of uint8 `(C, h, w)` and targets a list of dicts. A
-target of `IGNORE` marks an image that only fills the batch up and counts nowhere.
+A batch is `(images, targets, problems)`: uint8 `(B, C, H, W)` (of volumes `(B, C, D, H, W)`), int64 `(B,)` and a list
+with one line for each image that could not be read. Where images have several labels, targets are int64 `(B, classes)`
+of zeros and ones. For dense prediction, images are a list of uint8 `(C, h, w)` and targets a list of dicts. A target of
+`IGNORE` marks an image that only fills the batch up and counts nowhere.
 
 Normalisation, erasing and mixup happen on the device, in the training step: workers move uint8.
 """
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from dinat.data.imagenet import IGNORE
 from dinat.data.images import ImageError, open_image
+from dinat.data.labels import Labels, OneLabel
 from dinat.data.seeding import derive, reseed_host
 from dinat.errors import UserError
 
@@ -43,13 +45,14 @@ class Images(Dataset):
 
     Args:
         transform: PIL image -> uint8 tensor of `size`; with `size` None, (image, target) -> (uint8 tensor, target).
+        labels: what a reader gives for an image -> its target.
     """
 
     def __init__(
-        self, source: Dataset, transform: Callable, size: Sequence[int] | None, opener: Opener, *, seed: int,
-        substitute: bool,
+        self, source: Dataset, transform: Callable, size: Sequence[int] | None, opener: Opener, labels: Labels, *,
+        seed: int, substitute: bool,
     ) -> None:  # fmt: skip
-        self.source, self.transform, self.opener = source, transform, opener
+        self.source, self.transform, self.opener, self.labels = source, transform, opener, labels
         self.seed, self.substitute = seed, substitute
         self.joint = size is None
         self.filler = torch.zeros(tuple(size or FILLER), dtype=torch.uint8)
@@ -72,19 +75,19 @@ class Images(Dataset):
                 reseed_host(self.seed, epoch, index)
             if self.joint:
                 return *self.transform(image, target), problems
-            return torch.as_tensor(self.transform(image)), int(target), problems
-        return self.filler, IGNORE, problems
+            return torch.as_tensor(self.transform(image)), target, problems
+        return self.filler, IGNORE if self.joint else self.labels.filler, problems
 
     def read(self, index: int) -> tuple[Any, Any]:
         if self.joint:
             return self.source[index]
         if not isinstance(self.source, ImageDataset):
             image, target = self.source[index]
-            return self.opener(image), target
+            return self.opener(image), self.labels(target)
         # Straight from timm's reader: ImageDataset itself puts the next image in place of one that it cannot read.
         file, target = self.source.reader[index]
         with file:
-            return self.opener(file), target
+            return self.opener(file), self.labels(target)
 
     def describe(self, index: int) -> str:
         try:
@@ -105,10 +108,10 @@ class Stream(IterableDataset):
     """
 
     def __init__(
-        self, source: IterableDataset, transform: Callable, size: Sequence[int], opener: Opener, *,
+        self, source: IterableDataset, transform: Callable, size: Sequence[int], opener: Opener, labels: Labels, *,
         seed: int | None = None, stride: int = 1, offset: int = 0,
     ) -> None:  # fmt: skip
-        self.source, self.transform, self.opener = source, transform, opener
+        self.source, self.transform, self.opener, self.labels = source, transform, opener, labels
         self.seed, self.stride, self.offset = seed, stride, offset
         self.filler = torch.zeros(tuple(size), dtype=torch.uint8)
         self.epoch = 0
@@ -122,11 +125,11 @@ class Stream(IterableDataset):
             try:
                 if problem := getattr(encoded, "problem", None):
                     raise ImageError(problem)
-                good = self.opener(encoded), int(target)
-            except ImageError as error:
+                good = self.opener(encoded), self.labels(target)
+            except ValueError as error:  # of the image or its label
                 problems.append(f"{getattr(encoded, 'name', None) or f'image {count}'}: {error}")
                 if self.seed is None or len(problems) == ATTEMPTS:
-                    yield self.filler, IGNORE, problems
+                    yield self.filler, self.labels.filler, problems
                     problems = []
                 continue
             yield from self.draw(good, problems, range(count - len(problems), count + 1))
@@ -134,7 +137,7 @@ class Stream(IterableDataset):
         if problems and good:  # the last images have no next one
             yield from self.draw(good, problems, range(count + 1 - len(problems), count + 1))
         elif problems:
-            yield self.filler, IGNORE, problems
+            yield self.filler, self.labels.filler, problems
 
     def draw(
         self, good: tuple[Image.Image, int], problems: list[str], numbers: Iterable[int]
@@ -148,10 +151,10 @@ class Stream(IterableDataset):
             problems = []
 
 
-def collate(samples: list[tuple[torch.Tensor, int, list[str]]]) -> Batch:
+def collate(samples: list[tuple[torch.Tensor, int | torch.Tensor, list[str]]]) -> Batch:
     """Stacks samples into a `Batch`."""
     images, targets, problems = collate_joint(samples)
-    return default_collate(images), torch.tensor(targets), problems
+    return default_collate(images), torch.stack([torch.as_tensor(target) for target in targets]), problems
 
 
 def collate_joint(samples: list[tuple[torch.Tensor, Any, list[str]]]) -> Batch:
@@ -162,7 +165,9 @@ def collate_joint(samples: list[tuple[torch.Tensor, Any, list[str]]]) -> Batch:
 
 def count_images(targets: Sequence[Any]) -> int:
     """How many of a batch's targets are of images."""
-    return sum(bool(target != IGNORE) for target in targets)
+    if isinstance(targets, torch.Tensor):
+        return int((targets != IGNORE).reshape(len(targets), -1).all(dim=1).sum())
+    return sum(target != IGNORE for target in targets)
 
 
 def blank(batch: Batch) -> Batch:
@@ -223,6 +228,7 @@ class TrainLoader:
         source: a dataset as `open_split` returns it.
         transform, size: as `Images` takes them.
         opener: opens an image as the model needs it; data for dense prediction does so itself.
+        labels: as `Images` takes them.
         batch_size: images per batch and process.
         parts: batches per update (gradient accumulation).
 
@@ -233,17 +239,19 @@ class TrainLoader:
     def __init__(
         self, source: Dataset, transform: Callable, size: Sequence[int] | None, *, batch_size: int, parts: int,
         rank: int, ranks: int, seed: int, workers: int, pin_memory: bool, opener: Opener = open_image,
+        labels: Labels | None = None,
     ) -> None:  # fmt: skip
+        labels = labels or OneLabel()
         self.parts = parts
         if isinstance(source, IterableDataset):
             workers = _stream_workers(source, workers, ranks)
-            dataset = Stream(source, transform, size, opener, seed=seed + rank)
+            dataset = Stream(source, transform, size, opener, labels, seed=seed + rank)
             self.updates = len(source) // (batch_size * parts)  # the reader's length is this process's share
             self.loader = _loader(
                 dataset, workers, pin_memory, batch_size=batch_size, drop_last=True, generator=torch.Generator()
             )
         else:
-            dataset = Images(source, transform, size, opener, seed=seed, substitute=True)
+            dataset = Images(source, transform, size, opener, labels, seed=seed, substitute=True)
             order = TrainOrder(len(dataset), batch_size, parts, rank, ranks, seed)
             self.updates = order.updates
             self.loader = _loader(dataset, workers, pin_memory, batch_sampler=order, persistent_workers=workers > 0)
@@ -283,19 +291,20 @@ class EvalOrder:
 
 def eval_loader(
     source: Dataset, transform: Callable, size: Sequence[int] | None, *, batch_size: int, rank: int, ranks: int,
-    workers: int, pin_memory: bool, opener: Opener = open_image,
+    workers: int, pin_memory: bool, opener: Opener = open_image, labels: Labels | None = None,
 ) -> DataLoader:  # fmt: skip
     """A loader of each image once over all processes; rows with target `IGNORE` are not images.
 
     Of a stream, every process reads everything and keeps its share: exact, where timm's own division by shards
     rounds the number of images up or down.
     """
+    labels = labels or OneLabel()
     if isinstance(source, IterableDataset):
         source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
         workers = _stream_workers(source, workers, 1)
-        dataset = Stream(source, transform, size, opener, stride=ranks, offset=rank)
+        dataset = Stream(source, transform, size, opener, labels, stride=ranks, offset=rank)
         return _loader(dataset, workers, pin_memory, batch_size=batch_size)
-    dataset = Images(source, transform, size, opener, seed=0, substitute=False)
+    dataset = Images(source, transform, size, opener, labels, seed=0, substitute=False)
     order = EvalOrder(len(dataset), batch_size, rank, ranks)
     return _loader(dataset, workers, pin_memory, batch_sampler=order, persistent_workers=workers > 0)
 

@@ -12,7 +12,7 @@ from dinat.data.images import Encoded
 
 
 class Shards(ReaderWds):
-    """A reader of `(Encoded, class index)`; a shard that ends early is one more of them, with its problem.
+    """A reader of `(Encoded, class index or list)`; a shard that ends early is one more of them, with its problem.
 
     It replaces stages of timm's pipeline, which timm builds in a private method. Labels below 0 stand for none.
     """
@@ -42,10 +42,11 @@ class Shards(ReaderWds):
             name, target = f"{sample['__url__']}: {sample['__key__']}", 0
             problem = f"it has no file ending in one of {self.input_key}" if image is None else None
             try:
-                target = int(json.loads(sample["json"])[key] if key else sample["cls"])
+                target = json.loads(sample["json"])[key] if key else sample["cls"]
+                target = target if isinstance(target, list) else int(target)
             except (KeyError, TypeError, ValueError):
                 problem = "its label is no number"
-            if target >= 0:
+            if isinstance(target, list) or target >= 0:
                 yield {"image": Encoded(image or b"", name, problem), "target": target}
         yield from self.drain()
 

@@ -14,9 +14,14 @@ from torchvision.datasets import DatasetFolder
 from dinat.data import imagenet
 from dinat.data.class_folders import ClassFolders
 from dinat.data.digits import Digits
+from dinat.data.medmnist import MedMNIST
 from dinat.errors import UserError
 
-READERS = "digits, folder (also of .tar files), torch/NAME, hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME"
+READERS = (
+    "digits, folder (also of .tar files), medmnist/SET@SIZE, medmnist_c/SET/CORRUPTION, torch/NAME, hfds/NAME, "
+    "hfids/NAME, wds/NAME, tfds/NAME"
+)
+SPLIT_KEYS = {"train": "train_split", "validation": "val_split", "test": "test_split"}
 STREAMS = ("wds/", "hfids/", "tfds/")  # read in order, no access by index
 ENCODED = ("wds/", "hfids/")  # those that give images as they are stored
 SYNONYMS = {"train": ("training",), "validation": ("val", "valid", "eval", "test")}
@@ -25,11 +30,12 @@ SYNONYMS = {"train": ("training",), "validation": ("val", "valid", "eval", "test
 def open_split(
     data: Mapping[str, Any], split: str, *, class_map: dict[str, int] | None = None, seed: int = 0, batch_size: int = 1
 ) -> Dataset | IterableDataset:
-    """Opens one split of a dataset of `(PIL image, class index)`; no transform is set.
+    """Opens one split of a dataset of `(PIL image, label)`, or of volumes (arrays); no transform is set.
 
     Args:
         data: the `data` section of the configuration.
-        split: "train" or "validation"; `data.train_split` and `data.val_split` hold their names in the dataset.
+        split: "train", "validation" or "test"; `data.train_split`, `val_split` and `test_split` hold their names in the
+            dataset.
         class_map: class name -> index, so that a validation folder is labelled as the training folder was.
         seed: of a training stream's shuffling.
         batch_size: images per batch and process, by which a training stream rounds its length.
@@ -43,7 +49,7 @@ def open_split(
     except UserError:
         raise
     except Exception as error:  # readers raise what they please: assertions, IndexErrors, errors of their libraries
-        part = data["train_split" if split == "train" else "val_split"]
+        part = data[SPLIT_KEYS[split]]
         where = f"data.name={data['name']}, data.root={data['root']}"
         reason = str(error) or type(error).__name__
         raise UserError(f"{where}: split '{part}' cannot be opened: {reason}") from error
@@ -56,9 +62,13 @@ def _open(
     data: Mapping[str, Any], split: str, class_map: dict[str, int] | None, seed: int, batch_size: int
 ) -> Dataset | IterableDataset:
     training = split == "train"
-    name, part = data["name"], data["train_split" if training else "val_split"]
+    name, part = data["name"], data[SPLIT_KEYS[split]]
     if name == "digits":
+        if split == "test":
+            raise UserError(f"data.test_split={part}: digits has none. Leave it at null.")
         return Digits(split)
+    if name.startswith(("medmnist/", "medmnist_c/")):
+        return MedMNIST(name, data["root"], part, bool(data["download"]))
     if name == "folder":
         return _open_folder(data, split, class_map)
     if "/" not in name:
@@ -118,7 +128,7 @@ def class_to_idx(dataset: Dataset) -> dict[str, int]:
 
 def _locate(data: Mapping[str, Any], split: str) -> str:
     """The folder or .tar file of a split below `data.root`, by its name or a usual synonym."""
-    key = "train_split" if split == "train" else "val_split"
+    key = SPLIT_KEYS[split]
     if data["root"] is None:
         raise UserError(f"data.root is not set. Set it to the folder that holds '{data[key]}'.")
     root = Path(data["root"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +12,18 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
+from dinat.data import volumes
 from dinat.data.images import MODES
 from dinat.errors import UserError
 
 PREPROCESSING = ("interpolation", "crop_pct", "crop_mode")
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}  # by rank
 
 
 def resolve_preprocessing(
     data: Mapping[str, Any], model: nn.Module, img_size: int | None = None, in_chans: int | None = None
 ) -> dict[str, Any]:
-    """timm's data config: `input_size` (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
+    """timm's data config: `input_size` (C, H, W) or (C, D, H, W), mean, std, interpolation, crop_pct, crop_mode.
 
     The model's own `pretrained_cfg`, overridden by what `data` sets. `img_size` and `in_chans` are what the model was
     built for, where it is not its native one. Grey images have the mean over the colours as mean and std.
@@ -32,10 +35,13 @@ def resolve_preprocessing(
     if channels not in MODES:
         raise UserError(f"model.kwargs.in_chans={channels}: images have 1 channel (grey) or 3 (RGB).")
     config = resolve_data_config({key: data[key] for key in PREPROCESSING if data.get(key) is not None}, model=model)
-    height, width = config["input_size"][1:]
+    rank = getattr(model, "rank", 2)
+    sides = config["input_size"][1:] if rank == 2 else model.img_size
     if size := data.get("img_size") or img_size:
-        height, width = (size, size) if isinstance(size, int) else size
-    config["input_size"] = (channels, height, width)
+        sides = (size,) * rank if isinstance(size, int) else tuple(size)
+    if len(sides) != rank:
+        raise UserError(f"data.img_size={list(sides)}: give one number, or {rank} for {type(model).__name__}.")
+    config["input_size"] = (channels, *sides)
     for key in ("mean", "std"):
         values = tuple(data.get(key) or config[key])
         if len(values) not in (1, 3):
@@ -45,7 +51,12 @@ def resolve_preprocessing(
 
 
 def train_transform(preprocessing: Mapping[str, Any], options: Mapping[str, Any]) -> Callable:
-    """PIL image -> uint8 `(C, H, W)` with timm's training augmentation; `options` are arguments of create_transform."""
+    """PIL image -> uint8 `(C, H, W)` with timm's training augmentation; `options` are arguments of create_transform.
+
+    For volumes, array -> uint8 `(C, D, H, W)` with the options of `volumes.train_transform`.
+    """
+    if len(preprocessing["input_size"]) == 4:
+        return volumes.train_transform(preprocessing["input_size"], options)
     try:
         transform = create_transform(
             preprocessing["input_size"], is_training=True, use_prefetcher=True, mean=preprocessing["mean"], **options
@@ -64,23 +75,27 @@ def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 def eval_transform(preprocessing: Mapping[str, Any]) -> Callable:
-    """PIL image -> uint8 `(C, H, W)`: resize and centre crop."""
+    """PIL image -> uint8 `(C, H, W)`: resize and centre crop. Volume -> uint8 `(C, D, H, W)`, resized."""
+    if len(preprocessing["input_size"]) == 4:
+        return partial(volumes.resize, size=preprocessing["input_size"])
     return create_transform(**preprocessing, use_prefetcher=True)
 
 
 class Normalize(nn.Module):
-    """uint8 `(B, C, H, W)` of any device -> float32 on this one, normalised, in the wanted memory format."""
+    """uint8 `(B, C, *sides)` of any device -> float32 on this one, normalised, in the wanted memory format."""
 
     def __init__(self, preprocessing: Mapping[str, Any], device: torch.device, channels_last: bool = False) -> None:
         super().__init__()
-        self.device, self.format = device, torch.channels_last if channels_last else torch.contiguous_format
+        self.device, self.channels_last = device, channels_last
         for name in ("mean", "std"):
-            value = torch.tensor(preprocessing[name], device=device).mul(255).view(1, -1, 1, 1)
+            value = torch.tensor(preprocessing[name], device=device).mul(255)
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.to(self.device, non_blocking=True).to(torch.float32, memory_format=self.format)
-        return images.sub_(self.mean).div_(self.std)
+        rank = images.ndim - 2
+        order = CHANNELS_LAST[rank] if self.channels_last else torch.contiguous_format
+        mean, std = (value.view(-1, *[1] * rank) for value in (self.mean, self.std))
+        return images.to(self.device, non_blocking=True).to(torch.float32, memory_format=order).sub_(mean).div_(std)
 
 
 class Augment(nn.Module):

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import IterableDataset
 
@@ -17,7 +16,7 @@ from dinat.engine.scoring import measure
 from dinat.errors import UserError
 from dinat.files import write_csv
 from dinat.tasks import Origin, find_task
-from dinat.tasks.models import find_weights, to_dict
+from dinat.tasks.models import find_weights, to_channels_last, to_dict
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -28,7 +27,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
     Returns:
         The columns of results.csv (timm's for classification: model, top1, top1_err, top5, top5_err, param_count in
-        millions, img_size, crop_pct, interpolation, then loss), then task, count, skipped and checkpoint.
+        millions, img_size, crop_pct, interpolation, then loss), then task, headline (which figure counts), count,
+        skipped and checkpoint.
 
     Raises:
         UserError: for a mistake in the configuration, the checkpoint or the data.
@@ -45,7 +45,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
         model = task.load_model(origin, cfg.use_ema).to(world.device)
         if runtime["channels_last"]:
-            model = model.to(memory_format=torch.channels_last)
+            model = to_channels_last(model)
         if runtime["compile"]:
             model.compile()
         loader = task.eval_loader(batch_size)
@@ -67,7 +67,13 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
                 names = task.classes or list(map(str, range(task.num_classes)))
                 report.draw_confusion(folder / "confusion.png", scores.confusion, names)
         weights = str(origin.weights) if origin.weights else None
-        return row | {"task": origin.task, "count": scores.count, "skipped": scores.skipped, "checkpoint": weights}
+        return row | {
+            "task": origin.task,
+            "headline": task.headline,
+            "count": scores.count,
+            "skipped": scores.skipped,
+            "checkpoint": weights,
+        }
 
 
 def origin_of(weights: Path | None) -> Origin:

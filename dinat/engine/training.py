@@ -18,7 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from dinat.data import count_images, reseed
 from dinat.data.loaders import Batch
@@ -29,7 +29,7 @@ from dinat.engine.scoring import measure, report_bad_images
 from dinat.errors import UserError, nearest
 from dinat.files import write_atomically, write_csv, write_text
 from dinat.tasks import Scores, Step, find_task
-from dinat.tasks.models import check_fit, to_dict
+from dinat.tasks.models import check_fit, to_channels_last, to_dict
 from dinat.tasks.task import autocast_dtype
 
 log = report.log
@@ -106,7 +106,7 @@ class Trainer:
         reseed(cfg.seed)
         model = self.task.build_model().to(world.device)
         if cfg.runtime.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+            model = to_channels_last(model)
         if cfg.runtime.grad_checkpointing:
             if not hasattr(model, "set_grad_checkpointing"):
                 raise UserError(f"runtime.grad_checkpointing=true: {cfg.model.name} has none. Set it to false.")
@@ -126,6 +126,9 @@ class Trainer:
 
         self.train_loader = self.task.train_loader(cfg.augment, batch_size=per_process, parts=self.parts, seed=cfg.seed)
         self.val_loader = self.task.eval_loader(cfg.eval_batch_size)
+        self.test_loader = None
+        if self.task.test_set is not None:
+            self.test_loader = self.task.eval_loader(cfg.eval_batch_size, self.task.test_set)
         self.lockstep = self.sharded and isinstance(self.val_loader.dataset, IterableDataset)
         self.updates = self.train_loader.updates
         self.schedule, epochs = create_schedule(cfg.scheduler, self.optimizer, self.updates)
@@ -156,7 +159,7 @@ class Trainer:
                 self.save("last.pt")  # a run killed while it evaluates only has that to do again
                 last = epoch + 1 == self.epochs
                 if last or (epoch + 1) % self.cfg.eval_every == 0:
-                    scores = self.evaluate(f"evaluation {epoch + 1}/{self.epochs}")
+                    scores = self.evaluate(f"evaluation {epoch + 1}/{self.epochs}", self.val_loader)
                     row |= {f"val_{name}": scores.figures[name] for name in self.task.labels if name in scores.figures}
                 self.finish_epoch(row)
                 if self.world.primary and (last or time.monotonic() - drawn > CURVES_EVERY):
@@ -257,15 +260,15 @@ class Trainer:
         """The averaged weights if there are any, else the model: what is evaluated and exported."""
         return self.ema.module if self.ema else self.model
 
-    def evaluate(self, label: str) -> Scores:
-        """Scores on the validation split."""
+    def evaluate(self, label: str, loader: DataLoader) -> Scores:
+        """Scores of the averaged weights on the images of a loader."""
         if self.world.size > 1:
             # running statistics are of rank 0, as in what is saved
             for module in dict.fromkeys((self.model, self.averaged)):
                 distribute_bn(module, self.world.size)
-        total = len(self.val_loader) if not isinstance(self.val_loader.dataset, IterableDataset) else None
+        total = len(loader) if not isinstance(loader.dataset, IterableDataset) else None
         with report.Bar(label, total, self.cfg.eval_batch_size * self.world.size, primary=self.world.primary) as bar:
-            return measure(self.task, self.averaged, self.val_loader, lockstep=self.lockstep, tick=bar.advance)
+            return measure(self.task, self.averaged, loader, lockstep=self.lockstep, tick=bar.advance)
 
     def means(self) -> dict[str, float]:
         """Loss and other figures of this epoch so far, over all processes. Raises UserError if one is not finite."""
@@ -349,23 +352,38 @@ class Trainer:
         log.info("continuing %s after %d updates, in epoch %d/%d", path, self.step, self.epoch + 1, self.epochs)
 
     def export(self) -> float:
-        """Writes the final weights as a model folder; returns their headline figure (%)."""
+        """Writes the final weights as a model folder; returns their headline figure (%).
+
+        They are evaluated on the test split, if there is one: here alone, so that it has no part in any choice.
+        """
         best, column = self.cfg.checkpoint.export == "best", f"val_{self.task.headline}"
         weights = checkpoint.model_state(self.averaged)
         row = self.history[-1]
         if best:
             row = max((row for row in self.history if row[column] is not None), key=lambda row: row[column])
+        if best and (self.world.primary or self.test_loader):
+            saved = checkpoint.read_checkpoint(self.run_dir / "best.pt")
+            weights = saved["state_dict_ema"] or saved["state_dict"]
         if self.world.primary:
-            if best:
-                saved = checkpoint.read_checkpoint(self.run_dir / "best.pt")
-                weights = saved["state_dict_ema"] or saved["state_dict"]
             self.task.export(weights, self.run_dir)
             write_text(self.run_dir / "README.md", str(report.card(self.run_dir, self.cfg, self.task, row)))
         log.info(
             "%s weights, epoch %d: %s on the validation split; %s",
             self.cfg.checkpoint.export, row["epoch"], self.say(row, "val"), self.run_dir / "model.safetensors",
         )  # fmt: skip
+        if self.test_loader:
+            if best:
+                checkpoint.restore_model(self.averaged, weights)
+            self.test()
         return row[column]
+
+    def test(self) -> None:
+        """Evaluates the test split, and writes test.csv."""
+        scores = self.evaluate("test", self.test_loader)
+        log.info("test split, %d images: %s", scores.count, report.say(scores.figures, self.task.labels))
+        if self.world.primary:
+            row = self.task.results_row(self.averaged, scores.figures)
+            write_csv(self.run_dir / "test.csv", [row | {"count": scores.count, "skipped": scores.skipped}])
 
     def describe(self) -> None:
         """Writes down what this run is: its configuration and its surroundings."""

@@ -1,4 +1,4 @@
-"""One class per image: a timm classifier, cross-entropy, top-1 and top-5."""
+"""A timm classifier of images or volumes: one class each, or several; see `dinat.tasks.objectives`."""
 
 from __future__ import annotations
 
@@ -10,41 +10,42 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dinat.data import (
     Augment,
     Normalize,
     TrainLoader,
-    accepted_labels,
+    check_kind,
     class_to_idx,
-    competing_classes,
     eval_loader,
     eval_transform,
     open_image,
     open_split,
+    open_volume,
     resolve_preprocessing,
     train_transform,
 )
 from dinat.distributed import World
 from dinat.errors import UserError
-from dinat.metrics.classification import ClassificationMetric, check_labels
 from dinat.published import TOP1
 from dinat.tasks.models import build_model, check_model_name, export, load_weights, refusal, to_dict
-from dinat.tasks.task import Origin, Step, Task
+from dinat.tasks.objectives import OneClass, RankedClass, SeveralClasses
+from dinat.tasks.task import Metric, Origin, Step, Task
 
 log = logging.getLogger("dinat")
 
 
 class Classification(Task):
-    """Images with one label each. The `augment` section is timm's training augmentation; see configs/augment."""
+    """Images, or volumes, with labels. The `augment` section is timm's training augmentation; see configs/augment.
+
+    Attributes:
+        objective: what is lost and scored, by the labels of the data.
+    """
 
     name = "classification"
-    headline = "top1"
     hub_task = "image-classification"
-    labels = {"loss": "loss", "top1": "top-1", "top5": "top-5"}  # noqa: RUF012 - never written
 
     def __init__(
         self, data: Mapping[str, Any], model: Mapping[str, Any], runtime: Mapping[str, Any], world: World
@@ -52,13 +53,17 @@ class Classification(Task):
         super().__init__(data, model, runtime, world)
         check_model_name(model["name"])
         self.benchmark = data.get("benchmark")
+        self.several = check_kind(data.get("labels"))
 
     def open(self, *, seed: int, batch_size: int) -> None:
         self.train_set = open_split(self.data, "train", seed=seed, batch_size=batch_size)
         class_map = class_to_idx(self.train_set)
         self.val_set = open_split(self.data, "validation", class_map=class_map)
+        if self.data.get("test_split"):
+            self.test_set = open_split(self.data, "test", class_map=class_map)
         self.num_classes = self.agree_on_classes(max(class_map.values()) + 1 if class_map else None)
         self.classes = sorted(class_map, key=class_map.get)
+        self.choose_objective()
 
     def build_model(self) -> nn.Module:
         return self.build(self.num_classes)
@@ -66,6 +71,18 @@ class Classification(Task):
     def open_validation(self, origin: Origin) -> None:
         class_map = {name: index for index, name in enumerate(origin.classes)} or None
         self.val_set = open_split(self.data, "validation", class_map=class_map)
+        self.choose_objective()
+
+    def choose_objective(self) -> None:
+        """By the kind of labels that the data has."""
+        several = getattr(self.val_set, "label_kind", None) or self.several
+        if several:
+            self.objective = SeveralClasses(several)
+        elif getattr(self.val_set, "ranking", False):
+            self.objective = RankedClass()
+        else:
+            self.objective = OneClass(self.benchmark)
+        self.headline, self.labels = self.objective.headline, self.objective.labels
 
     def load_model(self, origin: Origin, use_ema: bool) -> nn.Module:
         found = class_to_idx(self.val_set)
@@ -106,19 +123,42 @@ class Classification(Task):
 
     def attempt(self, arguments: dict[str, Any], given: dict[str, Any], num_classes: int | None) -> nn.Module:
         model = build_model({**self.model, "kwargs": arguments}, num_classes).to(self.world.device)
-        self.preprocessing = resolve_preprocessing(self.data, model, given.get("img_size"), given.get("in_chans"))
-        channels, height, width = self.preprocessing["input_size"]
-        self.opener = partial(open_image, channels=channels, exif_transpose=bool(self.data.get("exif_transpose")))
+        built_for = given.get(getattr(model, "size_argument", "img_size"))
+        self.preprocessing = resolve_preprocessing(self.data, model, built_for, given.get("in_chans"))
+        size = self.preprocessing["input_size"]
+        self.check_rank(model)
+        self.opener = open_volume
+        if len(size) == 3:
+            upright = bool(self.data.get("exif_transpose"))
+            self.opener = partial(open_image, channels=size[0], exif_transpose=upright)
         self.normalize = Normalize(self.preprocessing, self.world.device, self.runtime["channels_last"])
         with self.autocast():
-            reason = refusal(model, torch.zeros(1, channels, height, width, device=self.world.device))
+            reason = refusal(model, torch.zeros(1, *size, device=self.world.device))
         if reason:
-            size, beside = height if height == width else [height, width], f", here with model.kwargs={arguments}"
+            sides, beside = sorted({*size[1:]}), f", here with model.kwargs={arguments}"
             raise UserError(
-                f"data.img_size={size}: {self.model['name']} cannot take it: {reason}. "
+                f"data.img_size={sides[0] if len(sides) == 1 else [*size[1:]]}: {self.model['name']} cannot take it: "
+                f"{reason}. "
                 f"It was made for {model.pretrained_cfg['input_size'][-1]} pixels{beside if arguments else ''}."
             )
         return model
+
+    def check_rank(self, model: nn.Module) -> None:
+        """Raises UserError for a model of images where the data has volumes, the reverse, or volumes in colour."""
+        takes, has = (
+            "volumes" if is_volume else "images"
+            for is_volume in (getattr(model, "rank", 2) == 3, getattr(self.val_set, "volumes", False))
+        )
+        if takes != has:
+            other = "dinat_3d_pico" if has == "volumes" else "dinat_pico"
+            raise UserError(
+                f"model.name={self.model['name']} takes {takes}, data.name={self.data['name']} has {has}. "
+                f"Choose a model of {has}, such as {other}."
+            )
+        if has == "volumes" and self.preprocessing["input_size"][0] != 1:
+            raise UserError(
+                f"model.kwargs.in_chans={self.preprocessing['input_size'][0]}: volumes have 1 channel here."
+            )
 
     def train_loader(self, augment: Mapping[str, Any], *, batch_size: int, parts: int, seed: int) -> TrainLoader:
         if batch_size % 2 and (augment["mixup"]["mixup_alpha"] or augment["mixup"]["cutmix_alpha"]):
@@ -126,49 +166,54 @@ class Classification(Task):
                 f"batch_size={batch_size * parts * self.world.size}: {batch_size} images per forward pass; "
                 "mixup needs an even number."
             )
+        self.check_augment(augment)
         self.augment = Augment(augment, self.num_classes, self.world.device)
         transform = train_transform(self.preprocessing, to_dict(augment["transform"]))
         return TrainLoader(
             self.train_set, transform, self.preprocessing["input_size"], batch_size=batch_size, parts=parts, seed=seed,
-            opener=self.opener, **self.share,
+            opener=self.opener, labels=self.objective.target(self.num_classes), **self.share,
         )  # fmt: skip
 
-    def eval_loader(self, batch_size: int) -> DataLoader:
+    def check_augment(self, augment: Mapping[str, Any]) -> None:
+        """Raises UserError for what timm does to images with one label alone."""
+        mixup, volumes = augment["mixup"], len(self.preprocessing["input_size"]) == 4
+        if self.objective.several and (mixup["mixup_alpha"] or mixup["cutmix_alpha"]):
+            raise UserError("augment.mixup: not for several labels per image. Set mixup_alpha and cutmix_alpha to 0.")
+        if volumes and (mixup["cutmix_alpha"] or augment["erasing"]["prob"]):
+            raise UserError("augment: no cutmix and no erasing of volumes. Choose augment=volumes, or set both to 0.")
+
+    def eval_loader(self, batch_size: int, source: Dataset | None = None) -> DataLoader:
         size, transform = self.preprocessing["input_size"], eval_transform(self.preprocessing)
-        return eval_loader(self.val_set, transform, size, batch_size=batch_size, opener=self.opener, **self.share)
+        return eval_loader(
+            source or self.val_set, transform, size, batch_size=batch_size, opener=self.opener,
+            labels=self.objective.target(self.num_classes), **self.share,
+        )  # fmt: skip
 
     def step(self, model: nn.Module, images: Tensor, targets: Tensor) -> Step:
-        check_labels(targets, self.num_classes)
+        self.objective.check(targets, self.num_classes)
         images, targets = self.augment(self.normalize(images), targets.to(self.world.device, non_blocking=True))
         with self.autocast():
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.augment.smoothing)
-        labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
-        return Step(loss, len(images), {"top1": 100 * (logits.argmax(dim=1) == labels).sum()})
+        loss = self.objective.loss(logits.float(), targets, self.augment.smoothing)
+        return Step(loss, len(images), self.objective.sums(logits, targets))
 
-    def score(self, metric: ClassificationMetric, model: nn.Module, images: Tensor, targets: Tensor) -> None:
+    def score(self, metric: Metric, model: nn.Module, images: Tensor, targets: Tensor) -> None:
         with self.autocast():
             logits = model(self.normalize(images))
         metric.update(logits, targets)
 
-    def metric(self, confusion: bool = False) -> ClassificationMetric:
+    def metric(self, confusion: bool = False) -> Metric:
         names = self.classes + [str(index) for index in range(len(self.classes), self.num_classes)]
-        return ClassificationMetric(
-            names, self.world.device, confusion=confusion, competing=competing_classes(self.benchmark),
-            accepted=accepted_labels(self.benchmark),
-        )  # fmt: skip
+        return self.objective.metric(names, self.world.device, confusion)
 
     def describe_input(self) -> str:
         return str(self.preprocessing["input_size"])
 
     def results_row(self, model: nn.Module, figures: Mapping[str, float]) -> dict[str, Any]:
-        """A row of timm's results tables, and the loss."""
+        """A row of timm's results tables, with the objective's figures, and the loss."""
         return {
             "model": model.pretrained_cfg["architecture"],
-            "top1": round(figures["top1"], 4),
-            "top1_err": round(100 - figures["top1"], 4),
-            "top5": round(figures["top5"], 4),
-            "top5_err": round(100 - figures["top5"], 4),
+            **self.objective.columns(figures),
             "param_count": round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2),
             "img_size": self.preprocessing["input_size"][-1],
             "crop_pct": self.preprocessing["crop_pct"],
@@ -191,4 +236,4 @@ class Classification(Task):
         arguments = to_dict(self.model["kwargs"])
         plain = timm.create_model(self.model["name"], num_classes=self.num_classes, **arguments)
         plain.load_state_dict(weights)
-        export(plain, folder, self.preprocessing, arguments, self.classes)
+        export(plain, folder, self.preprocessing, arguments, self.classes, self.objective.several)

@@ -16,6 +16,7 @@ from dinat import dense
 from dinat.data import IGNORE, TrainLoader, eval_loader
 from dinat.data.dense_transforms import PER_OBJECT, dense_eval_transform, dense_train_transform
 from dinat.data.scenes import DigitScenes
+from dinat.data.sources import SPLIT_KEYS
 from dinat.distributed import World
 from dinat.errors import UserError, nearest
 from dinat.tasks.models import load_dense_weights, to_dict
@@ -55,6 +56,8 @@ class DenseTask(Task):
     def open(self, *, seed: int, batch_size: int) -> None:
         self.train_set = self.read("train", seed=seed)
         self.val_set = self.read("validation", classes=self.train_set.classes)
+        if self.data.get("test_split"):
+            self.test_set = self.read("test", classes=self.train_set.classes)
         self.classes = list(self.train_set.classes)
         self.num_classes = self.agree_on_classes(len(self.classes))
 
@@ -67,10 +70,12 @@ class DenseTask(Task):
         """One split of the data, labelled by `classes` where they are known."""
         reader, options = self.readers[self.data["name"]], to_dict(self.data["kwargs"])
         if issubclass(reader, DigitScenes):
+            if split == "test":
+                raise UserError(f"data.test_split={self.data['test_split']}: digit_scenes has none. Leave it at null.")
             options = {"size": self.data["img_size"], "seed": seed, **options}
             arguments = (split,)
         else:
-            arguments = (self.data["root"], self.data["train_split" if split == "train" else "val_split"])
+            arguments = (self.data["root"], self.data[SPLIT_KEYS[split]])
             options["classes"] = classes or options.get("classes")
             if split != "train":  # every image is evaluated
                 options.pop("keep_empty", None)
@@ -121,9 +126,9 @@ class DenseTask(Task):
         transform = dense_train_transform(to_list(augment["transform"], "augment.transform"))
         return TrainLoader(self.train_set, transform, None, batch_size=batch_size, parts=parts, seed=seed, **self.share)
 
-    def eval_loader(self, batch_size: int) -> DataLoader:
+    def eval_loader(self, batch_size: int, source: Dataset | None = None) -> DataLoader:
         transform = dense_eval_transform(to_list(self.data["eval_transform"], "data.eval_transform"))
-        return eval_loader(self.val_set, transform, None, batch_size=batch_size, **self.share)
+        return eval_loader(source or self.val_set, transform, None, batch_size=batch_size, **self.share)
 
     def normalize(self, images: Sequence[Tensor]) -> list[Tensor]:
         """uint8 images (3, h, w) of any sizes -> float32 on the device, normalised."""

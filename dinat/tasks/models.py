@@ -24,6 +24,8 @@ from dinat.files import write_atomically
 
 log = logging.getLogger("dinat")
 
+SEVERAL = "several_labels"  # in config.json: whether an image may have several of the classes
+
 # what says where weights lie and how they are read, of a timm pretrained_cfg
 WEIGHT_SOURCE = ("url", "file", "hf_hub_id", "hf_hub_filename", "custom_load", "num_classes", "classifier")
 
@@ -72,6 +74,13 @@ def build_model(model: Mapping[str, Any], num_classes: int) -> nn.Module:
     return network
 
 
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """The model with its weights in the memory format of images, or volumes, whose channels come last."""
+    if getattr(model, "rank", 2) == 3:  # not by Module.to, which takes bias tables of four axes for images
+        return nn.utils.convert_conv3d_weight_memory_format(model, torch.channels_last_3d)
+    return model.to(memory_format=torch.channels_last)
+
+
 def refusal(model: nn.Module, images: Tensor) -> str | None:
     """Why a model cannot take images of this shape, in its own words; None where it can.
 
@@ -109,7 +118,7 @@ def load_weights(
     state = read_weights(path, use_ema, key)
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     own = model.state_dict()
-    if convert and state.keys() != own.keys():
+    if convert and _axes(state) != _axes(own):
         try:
             state = convert(state, model)
         except CheckpointError as error:
@@ -201,6 +210,11 @@ def find_weights(path: str | Path, key: str) -> Path:
     raise UserError(f"{key}={path}: the folder holds neither model.safetensors nor last.pt.")
 
 
+def _axes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many axes each tensor has: other names are of another layout, other numbers of a model of images."""
+    return {name: tensor.ndim for name, tensor in state.items()}
+
+
 def _classifier_keys(model: nn.Module) -> set[str]:
     names = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
     return {f"{n}.{part}" for n in ([names] if isinstance(names, str) else names) for part in ("weight", "bias")}
@@ -225,21 +239,25 @@ def to_dict(section: Any) -> dict[str, Any]:
 
 
 def export(
-    model: nn.Module, folder: Path, preprocessing: Mapping[str, Any], arguments: Mapping[str, Any], labels: list[str]
-) -> None:
+    model: nn.Module, folder: Path, preprocessing: Mapping[str, Any], arguments: Mapping[str, Any], labels: list[str],
+    several: bool = False,
+) -> None:  # fmt: skip
     """Writes model.safetensors and config.json, for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     Args:
         model: on the CPU; its `pretrained_cfg` takes over `preprocessing`.
         arguments: of the model's constructor, beyond the number of classes.
         labels: class names in index order; may be empty.
+        several: whether an image may have several of them: outputs are logits of each then.
     """
-    model.pretrained_cfg = {**model.pretrained_cfg, **preprocessing, "num_classes": model.num_classes}
+    channels, *sides = preprocessing["input_size"]
+    described = {**preprocessing, "input_size": (channels, *sides[-2:])}  # timm has no depth
+    model.pretrained_cfg = {**model.pretrained_cfg, **described, "num_classes": model.num_classes}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as temporary:
         save_for_hf(
             model,
             temporary,
-            model_config={"label_names": labels} if labels else None,
+            model_config={**({"label_names": labels} if labels else {}), SEVERAL: several},
             model_args=dict(arguments) or None,
             safe_serialization=True,
         )

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from dinat.data.loaders import TrainLoader
 from dinat.distributed import World
@@ -83,6 +83,7 @@ class Task(ABC):
         headline: the figure that runs are ranked by; higher is better.
         labels: the figures of an evaluation in the order of the tables, and what people call them.
         hub_task: what the Hugging Face hub calls it.
+        test_set: the split that is evaluated once, after training, where `data.test_split` names one.
         classes: names of the classes in index order, once opened; may be empty where the data has none.
         num_classes: their number.
         share: what a loader has to know of the processes.
@@ -96,11 +97,12 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
-    headline: ClassVar[str]
-    labels: ClassVar[dict[str, str]]
+    headline: str
+    labels: dict[str, str]
     hub_task: ClassVar[str]
     classes: list[str]
     num_classes: int
+    test_set: Dataset | None = None
 
     def __init__(
         self, data: Mapping[str, Any], model: Mapping[str, Any], runtime: Mapping[str, Any], world: World
@@ -128,7 +130,7 @@ class Task(ABC):
 
     @abstractmethod
     def open(self, *, seed: int, batch_size: int) -> None:
-        """Opens both splits for training; `batch_size` is per process and forward pass."""
+        """Opens all splits for training; `batch_size` is per process and forward pass."""
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -147,8 +149,8 @@ class Task(ABC):
         """The training batches, `parts` to an update, augmented; what works on whole batches is left to `step`."""
 
     @abstractmethod
-    def eval_loader(self, batch_size: int) -> DataLoader:
-        """Every validation image once, over all processes."""
+    def eval_loader(self, batch_size: int, source: Dataset | None = None) -> DataLoader:
+        """Every image of the validation split, or of `source`, once over all processes."""
 
     @abstractmethod
     def step(self, model: nn.Module, images: Any, targets: Any) -> Step:

@@ -260,7 +260,13 @@ def test_exported_as_plain_operations(tmp_path):
 def test_what_is_for_images_refuses_volumes(dinat, tmp_path):
     model = small(depths=(1,), num_heads=(1,))
     (tmp_path / "run").mkdir()
-    export_folder(model, tmp_path / "run", {}, dict(SMALL, depths=(1,), num_heads=(1,), vol_size=28), [])
+    export_folder(
+        model,
+        tmp_path / "run",
+        {"input_size": (1, 28, 28, 28)},
+        dict(SMALL, depths=(1,), num_heads=(1,), vol_size=28),
+        [],
+    )
     Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
     status, _, errors = dinat("predict", tmp_path / "photo.png", "--model", f"local-dir:{tmp_path / 'run'}")
     assert status == 2

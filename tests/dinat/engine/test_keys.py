@@ -74,6 +74,10 @@ TABLE = {
     "data/test_inputs.py::test_scale_and_ratio_of_the_crop": "augment.transform.ratio augment.transform.scale",
     "data/test_inputs.py::test_squashed": "data.crop_mode",
     "data/test_sources.py::test_class_map_of_the_user_wins": "data.class_map",
+    "data/test_volumes.py::test_augmentation":
+        "augment.transform.flip augment.transform.intensity augment.transform.shift",
+    "engine/test_medmnist.py::test_the_test_split_is_evaluated_once": "data.test_split",
+    "engine/test_several_labels.py::test_every_reader_with_several_labels": "data.labels",
     "data/test_sources.py::test_each_split_by_its_own_key": "data.root data.train_split data.val_split",
     "data/test_sources.py::test_what_timm_is_told":
         "data.download data.input_key data.name data.target_key data.train_samples data.val_samples",
