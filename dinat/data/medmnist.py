@@ -101,7 +101,9 @@ class MedMNIST(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int | np.ndarray]:
         image, target = np.array(self.images[index]), self.targets[index]
-        return image if self.volumes else Image.fromarray(image), target.astype(int) if self.label_kind else int(target[0])
+        return image if self.volumes else Image.fromarray(image), target.astype(int) if self.label_kind else int(
+            target[0]
+        )
 
 
 def describe(facts: dict[str, Any]) -> tuple[str, str]:

@@ -361,7 +361,7 @@ class Trainer:
         row = self.history[-1]
         if best:
             row = max((row for row in self.history if row[column] is not None), key=lambda row: row[column])
-        if best and (self.world.primary or self.test_loader):
+        if best and (self.world.primary or self.test_loader is not None):
             saved = checkpoint.read_checkpoint(self.run_dir / "best.pt")
             weights = saved["state_dict_ema"] or saved["state_dict"]
         if self.world.primary:
@@ -371,7 +371,7 @@ class Trainer:
             "%s weights, epoch %d: %s on the validation split; %s",
             self.cfg.checkpoint.export, row["epoch"], self.say(row, "val"), self.run_dir / "model.safetensors",
         )  # fmt: skip
-        if self.test_loader:
+        if self.test_loader is not None:
             if best:
                 checkpoint.restore_model(self.averaged, weights)
             self.test()

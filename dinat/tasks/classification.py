@@ -185,7 +185,7 @@ class Classification(Task):
     def eval_loader(self, batch_size: int, source: Dataset | None = None) -> DataLoader:
         size, transform = self.preprocessing["input_size"], eval_transform(self.preprocessing)
         return eval_loader(
-            source or self.val_set, transform, size, batch_size=batch_size, opener=self.opener,
+            self.val_set if source is None else source, transform, size, batch_size=batch_size, opener=self.opener,
             labels=self.objective.target(self.num_classes), **self.share,
         )  # fmt: skip
 

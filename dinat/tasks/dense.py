@@ -128,7 +128,8 @@ class DenseTask(Task):
 
     def eval_loader(self, batch_size: int, source: Dataset | None = None) -> DataLoader:
         transform = dense_eval_transform(to_list(self.data["eval_transform"], "data.eval_transform"))
-        return eval_loader(source or self.val_set, transform, None, batch_size=batch_size, **self.share)
+        source = self.val_set if source is None else source
+        return eval_loader(source, transform, None, batch_size=batch_size, **self.share)
 
     def normalize(self, images: Sequence[Tensor]) -> list[Tensor]:
         """uint8 images (3, h, w) of any sizes -> float32 on the device, normalised."""
