@@ -42,8 +42,8 @@ class Shards(ReaderWds):
             name, target = f"{sample['__url__']}: {sample['__key__']}", 0
             problem = f"it has no file ending in one of {self.input_key}" if image is None else None
             try:
-                target = json.loads(sample["json"])[key] if key else sample["cls"]
-                target = target if isinstance(target, list) else int(target)
+                given = json.loads(sample["json"])[key] if key else sample["cls"]
+                target = given if isinstance(given, list) else int(given)
             except (KeyError, TypeError, ValueError):
                 problem = "its label is no number"
             if isinstance(target, list) or target >= 0:
