@@ -49,9 +49,10 @@ def test_draws_follow_the_seed():
 
 
 def test_resized():
-    """Halves are averages; a ramp stays a ramp."""
-    doubled = VOLUME.repeat(2, 0).repeat(2, 1).repeat(2, 2)
-    assert np.array_equal(resize(doubled, SIZE)[0], VOLUME)
+    """Each voxel is the mean of those that it covers; a ramp stays a ramp."""
+    large = np.random.default_rng(1).integers(0, 256, (24, 28, 32)).astype(np.uint8)
+    means = large.reshape(6, 4, 7, 4, 8, 4).mean((1, 3, 5))
+    torch.testing.assert_close(resize(large, SIZE)[0].double(), torch.from_numpy(means), atol=0.51, rtol=0)
     ramp = np.arange(0, 40, 2, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
     assert resize(ramp, (1, 10, 4, 4))[0, :, 0, 0].tolist() == list(range(1, 40, 4))
     assert resize(ramp, (1, 20, 9, 2))[0, :, 5, 1].tolist() == ramp[:, 0, 0].tolist()
