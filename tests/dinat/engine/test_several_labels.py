@@ -146,6 +146,7 @@ def observed_targets(images: torch.Tensor) -> torch.Tensor:
     ("labels", "given", "message"),
     [
         ("indices", [0, 4], r"its labels are \[0, 4\], not numbers of classes, 0 to 3"),
+        ("indices", [-1, 2], r"its labels are \[-1, 2\], not numbers of classes"),
         ("indices", ["a"], r"its labels are \['a'\], not numbers of classes"),
         ("multi_hot", [0, 1, 1], r"its labels are \[0, 1, 1\], not 4 zeros and ones"),
         ("multi_hot", [0, 1, 2, 0], r"its labels are \[0, 1, 2, 0\], not 4 zeros and ones"),
