@@ -103,7 +103,7 @@ def test_a_defect_is_not_hidden(called, trains, tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_evaluation_is_printed_once(called, monkeypatch, tmp_path, rank):
     monkeypatch.setattr(cli, "RANK", rank)
-    result = {"top1": 50.0, "task": "classification"}
+    result = {"top1": 50.0, "task": "classification", "headline": "top1"}
     monkeypatch.setattr(engine, "evaluate", lambda cfg: result | {"seen": [cfg.checkpoint, cfg.use_ema]})
     monkeypatch.chdir(tmp_path)
     status, out, _ = called(cli.evaluate, "checkpoint=here", "use_ema=false")

@@ -244,7 +244,7 @@ def test_evaluation_on_other_classes(evaluation):
     ("arguments", "message"),
     [
         (["experiment=dinat_tinny"], "experiment=dinat_tinny: no such choice. Did you mean dinat_tiny, "),
-        (["data=xyz"], "data=xyz: no such choice. Known: as_trained, cifar10, "),
+        (["data=xyz"], "data=xyz: no such choice. Known: ade20k, as_trained, "),
         (["data.root=/data/图像"], "Write 'data.root=\"/data/图像\"'"),
         (["checkpoint=runs/epoch=3.ckpt"], "Write 'checkpoint=\"runs/epoch=3.ckpt\"'"),
         (["+model.kwargs.x={a"], "+model.kwargs.x={a: the value has characters that need quotes. Write"),

@@ -221,3 +221,23 @@ def test_predictions_of_several_labels(configure, dinat, root, tmp_path):
     assert [row["probability"] for row in rows] == pytest.approx(logits.sigmoid().topk(5).values.tolist(), abs=1e-5), (
         errors
     )
+
+
+def test_recipe_for_images(compose, root, tmp_path, caplog, monkeypatch):
+    """Weights of another number of classes, a head of its own; the best epoch on the validation split is exported."""
+    caplog.set_level(logging.INFO, "dinat")
+    monkeypatch.setattr(report, "draw_curves", lambda *_: None)
+    size = dict(img_size=32, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+    for name in ("dinat_mini", "dinat_tiny"):
+        torch.save(timm.create_model(name, **size).state_dict(), tmp_path / "in1k.pth")
+        cfg = compose(
+            "experiment=medmnist", f"model.name={name}", "data.name=medmnist/bloodmnist", f"data.root={root}",
+            "model.pretrained=false", f"model.checkpoint={tmp_path / 'in1k.pth'}", "model.reset_head=true", "data.img_size=32",
+            "+model.kwargs={img_size: 32, embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1]}", "batch_size=10",
+            "scheduler.epochs=2", "scheduler.warmup_epochs=0", "runtime.device=cpu",
+        )  # fmt: skip
+        best = train(cfg, tmp_path / name)
+        rows = list(csv.DictReader((tmp_path / name / "summary.csv").open()))
+        assert best == max(float(row["val_auc"]) for row in rows)
+        assert (tmp_path / name / "test.csv").exists()
+    assert caplog.text.count("best weights, epoch") == 2

@@ -12,7 +12,7 @@ from dinat.engine.optim import create_optimizer, create_schedule
 from dinat.tasks.models import to_dict
 
 EXPERIMENTS = Path(__file__).parents[3] / "configs" / "experiment"
-OURS = {"digits", "folder", "finetune", "detection", "semantic", "panoptic"}
+OURS = {"digits", "folder", "finetune", "detection", "semantic", "panoptic", "medmnist", "medmnist_3d"}
 RECIPES = sorted({path.stem for path in EXPERIMENTS.glob("*.yaml")} - OURS)
 FROM_SCRATCH = [name for name in RECIPES if "large" not in name]
 FINE_TUNED = [name for name in RECIPES if "large" in name and not name.endswith("in22k")]
