@@ -232,9 +232,10 @@ def test_recipe_for_images(compose, root, tmp_path, caplog, monkeypatch):
         torch.save(timm.create_model(name, **size).state_dict(), tmp_path / "in1k.pth")
         cfg = compose(
             "experiment=medmnist", f"model.name={name}", "data.name=medmnist/bloodmnist", f"data.root={root}",
-            "model.pretrained=false", f"model.checkpoint={tmp_path / 'in1k.pth'}", "model.reset_head=true", "data.img_size=32",
-            "+model.kwargs={img_size: 32, embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1]}", "batch_size=10",
-            "scheduler.epochs=2", "scheduler.warmup_epochs=0", "runtime.device=cpu",
+            "model.pretrained=false", f"model.checkpoint={tmp_path / 'in1k.pth'}", "model.reset_head=true",
+            "+model.kwargs={img_size: 32, embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 1, 1]}",
+            "data.img_size=32", "batch_size=10", "scheduler.epochs=2", "scheduler.warmup_epochs=0",
+            "runtime.device=cpu",
         )  # fmt: skip
         best = train(cfg, tmp_path / name)
         rows = list(csv.DictReader((tmp_path / name / "summary.csv").open()))
