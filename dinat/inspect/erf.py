@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dinat.errors import UserError
 from dinat.models.nat import NATStage
 
 from .extraction import blocks
@@ -43,7 +44,7 @@ def effective_fields(model: nn.Module, images: Iterable[Tensor]) -> list[np.ndar
         parts only, summed over channels, mean over images.
 
     Raises:
-        UserError: the model has no neighborhood attention.
+        UserError: the model has no neighborhood attention, or the images have several sizes.
         ValueError: the model is in training mode, or there are no images.
     """
     blocks(model)  # refuses other models
@@ -53,6 +54,8 @@ def effective_fields(model: nn.Module, images: Iterable[Tensor]) -> list[np.ndar
     count = 0
     for batch in images:
         fields = [field.cpu().double().numpy() for field in _gradients(model, batch)]
+        if totals and fields[0].shape != totals[0].shape:
+            raise UserError(f"images: of {totals[0].shape} and {fields[0].shape} pixels; give images of one size.")
         totals = [total + field for total, field in zip(totals, fields, strict=True)] if totals else fields
         count += len(batch)
     if not count:

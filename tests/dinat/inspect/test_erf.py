@@ -62,6 +62,8 @@ def test_the_convention():
 def test_bad_input(model):
     with pytest.raises(ValueError, match="images: there are none"):
         effective_fields(model, [])
+    with pytest.raises(UserError, match=r"images: of \(16, 16\) and \(16, 20\) pixels"):
+        effective_fields(model, [torch.randn(1, 1, 16, side, dtype=torch.float64) for side in (16, 20)])
     with pytest.raises(ValueError, match="call model"):
         effective_fields(model.train(), [])
     with pytest.raises(UserError, match="no neighborhood attention"):
