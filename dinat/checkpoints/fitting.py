@@ -89,38 +89,37 @@ def inflate(weight: Tensor, like: Tensor, mode: str) -> Tensor:
 
 
 def fit_dense(
-    checkpoint: Mapping[str, Tensor], model: nn.Module, method: str, classes: int | None = None
+    checkpoint: Mapping[str, Tensor],
+    model: nn.Module,
+    method: str,
+    classes: int | None = None,
+    reset_head: bool = False,
 ) -> dict[str, Tensor]:
     """Weights of a dense model in any known layout as a state dict for `model`, of which every key is used.
 
     Parts that only training needs may be left out of the model: their weights are then too, and the log says so.
 
     Args:
-        checkpoint: with a backbone of the NAT family.
+        checkpoint: with a backbone of the NAT family; with any, under the names of `model`.
         model: a model of `dinat.dense`.
         method: its method, as in `layouts.HEADS`.
         classes: of the checkpoint, where the model has others: what depends on their number is then the model's, and
             the log says what that is.
+        reset_head: whether that is the model's whatever classes the checkpoint has.
 
     Raises:
         CheckpointError: the checkpoint is of another model; the message says in what it differs.
     """
     state, own, head = unwrap(checkpoint), model.state_dict(), HEADS[method]
-    prefix = backbone_prefix(state)
-    around = {key: value for key, value in state.items() if not key.startswith(prefix)}
-    if (other := method_of(around)) != method:
-        holds = f"is of the method {other}" if other else "holds no head of a dense model that is known"
-        raise CheckpointError(f"the checkpoint {holds}, the model is of the method {method}.")
-    out = rename_heads(around, head.rows)
-    here = next((key[: match.start()] for key in own if (match := STEM.search(key))), "")
-    out |= {here + key: value for key, value in to_native(state).items()}
+    out = dict(state) if state.keys() == own.keys() else _own_names(state, own, method)
     left_out = [key for key in out.keys() - own.keys() if re.match(head.optional, key)]
     out = {key: value for key, value in out.items() if key not in left_out}
     out |= {key: own[key] for key in head.constants if key not in out and key in own}
     found = len(out.get(head.classifier, own[head.classifier])) - len(own[head.classifier]) + model.num_classes
-    if found != (expected := classes or model.num_classes):
+    if not reset_head and found != (expected := classes or model.num_classes):
         raise CheckpointError(f"the checkpoint has {found} classes, not {expected}.")
-    anew = [key for key in own if re.match(head.per_class, key)] if found != model.num_classes else []
+    renewed = reset_head or found != model.num_classes
+    anew = [key for key in own if re.match(head.per_class, key)] if renewed else []
     out |= {key: own[key] for key in anew}
     check_fit(own, out, f"the checkpoint is of another architecture than this {type(model).__name__}")
     if left_out:
@@ -128,6 +127,18 @@ def fit_dense(
     if anew:
         log.warning("%d classes instead of %d: %s start anew", model.num_classes, found, ", ".join(anew))
     return out
+
+
+def _own_names(state: Mapping[str, Tensor], own: Mapping[str, Tensor], method: str) -> dict[str, Tensor]:
+    """Weights of a dense model of this method under the names of the state dict `own`."""
+    prefix = backbone_prefix(state)
+    around = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    if (other := method_of(around)) != method:
+        holds = f"is of the method {other}" if other else "holds no head of a dense model that is known"
+        raise CheckpointError(f"the checkpoint {holds}, the model is of the method {method}.")
+    here = next((key[: match.start()] for key in own if (match := STEM.search(key))), "")
+    backbone = {here + key: value for key, value in to_native(state).items()}
+    return rename_heads(around, HEADS[method].rows) | backbone
 
 
 def check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str, ignore: Collection[str] = ()) -> None:

@@ -74,7 +74,8 @@ class Subject:
             raise UserError(f"IMAGE {file}: {error}.") from error
         if self.dense:
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-            pixels = torch.as_tensor(self.resize(tv_tensors.Image(pixels), {})[0])
+            (view,), _ = self.resize(tv_tensors.Image(pixels), {})
+            pixels = torch.as_tensor(view)
             batch = self.network.pad([self.normalize(pixels[None])[0]])
             pixels = self.network.pad([pixels])[0]
         else:

@@ -44,6 +44,7 @@ def predict(
     format: Annotated[Format, typer.Option(help="How to print them.")] = Format.table,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="Of a dense model: where its results go.")] = None,
     exif_transpose: Annotated[bool, typer.Option("--exif-transpose", help="Turn images upright first.")] = False,
+    multi_scale: Annotated[bool, typer.Option("--multi-scale", help="Semantic maps from several scales.")] = False,
 ) -> None:
     """Show the likeliest classes of images; or find objects and segments, with a model for dense prediction."""
     files = list(find_images(images))
@@ -51,8 +52,11 @@ def predict(
     if dense.is_dense(model):
         if output is None:
             raise UserError(f"--output is not set, and --model {model} is for dense prediction. Give a folder.")
-        refuse_unread(predict_dense(files, model, checkpoint, output, exif_transpose, errors), len(files))
+        unread = predict_dense(files, model, checkpoint, output, exif_transpose, multi_scale, errors)
+        refuse_unread(unread, len(files))
         return
+    if multi_scale:
+        raise UserError(f"--multi-scale: not with --model {model}, only with models for semantic segmentation.")
     network = load(model, checkpoint)
     if not network.num_classes:
         raise UserError(f"--model {model}: its weights have no classifier.")

@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 
 from dinat import dense
 from dinat.data import ImageError, open_image
-from dinat.data.dense_transforms import dense_eval_transform
+from dinat.data.dense_transforms import dense_views_transform, views_of
 from dinat.data.results import write_detections, write_panoptic
 from dinat.errors import UserError
 from dinat.files import write_atomically
@@ -23,8 +23,9 @@ from dinat.visualize import draw
 
 
 def predict_dense(
-    files: list[Path], model: str, checkpoint: Path | None, output: Path, exif_transpose: bool, errors: Console
-) -> int:
+    files: list[Path], model: str, checkpoint: Path | None, output: Path, exif_transpose: bool, multi_scale: bool,
+    errors: Console,
+) -> int:  # fmt: skip
     """Writes what a model finds in images; returns how many could not be read, once they are named.
 
     The model is a published one, its weights perhaps in a file, or local-dir:FOLDER.
@@ -40,7 +41,7 @@ def predict_dense(
     for file in files:
         if (other := names.setdefault(file.stem, file)) is not file:
             raise UserError(f"IMAGE {file}: has the name of {other}, so their results would be the same file.")
-    network, resize = load_dense(model, checkpoint)
+    network, views = load_dense(model, checkpoint, multi_scale)
     described = dense.describe(model)
     classes, found, unreadable = described["label_names"], [], 0
     output.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def predict_dense(
             errors.print(f"{file}: {error}")
             unreadable += 1
             continue
-        prediction = predict_one(network, resize, tv_tensors.Image(pixels.contiguous()))
+        prediction = predict_one(network, views, tv_tensors.Image(pixels.contiguous()))
         write_image(output / f"{name}.png", draw(pixels, prediction, classes))
         if "semantic" in prediction:
             labels = prediction["semantic"].numpy().astype(np.uint8)
@@ -65,20 +66,24 @@ def predict_dense(
     return unreadable
 
 
-def load_dense(model: str, checkpoint: Path | None) -> tuple[nn.Module, Any]:
-    """A model in evaluation mode, and how its images are resized. Raises UserError for a file beside a folder."""
+def load_dense(model: str, checkpoint: Path | None, multi_scale: bool = False) -> tuple[nn.Module, Any]:
+    """A model in evaluation mode, and what its images become before it. Raises UserError for a file beside a folder."""
     if checkpoint and model not in dense.PUBLISHED:
         raise UserError(f"--checkpoint {checkpoint}: --model {model} has its weights already. Leave one of them out.")
     overlay = {"file": str(checkpoint)} if checkpoint else None
     network = dense.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    return network, dense_eval_transform(dense.describe(model)["preprocessing"]["transform"])
+    preprocessing = dense.describe(model)["preprocessing"]
+    return network, dense_views_transform(views_of(preprocessing) if multi_scale else [preprocessing["transform"]])
 
 
-def predict_one(network: nn.Module, resize: Any, image: tv_tensors.Image) -> dict[str, Any]:
-    """The prediction for a uint8 image (3, H, W), in its own size."""
-    resized, target = resize(image, {})
+def predict_one(network: nn.Module, views: Any, image: tv_tensors.Image) -> dict[str, Any]:
+    """The prediction for a uint8 image (3, H, W), in its own size, from what `views` makes of it."""
+    seen, target = views(image, {})
     mean, std = (torch.tensor(network.preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
-    return network.predict([(torch.as_tensor(resized).float() / 255 - mean) / std], [target["size"]])[0]
+    seen = [(torch.as_tensor(view).float() / 255 - mean) / std for view in seen]
+    if len(seen) > 1:
+        return network.predict_views(seen, target["size"])
+    return network.predict(seen, [target["size"]])[0]
 
 
 def write_image(path: Path, picture: Image.Image) -> None:

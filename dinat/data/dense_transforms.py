@@ -6,9 +6,11 @@ A transform is a list of steps, each a mapping of one name to its arguments:
     - crop: {size: 512, max_class_share: 0.75}
     - flip: {p: 0.5}
     - photometric: {}
+    - pad: {size: 512, fill: 128}
     - one_of: [[resize: {shortest: 800}], [resize: {shortest: 400}, crop: {range: [384, 600]}]]
 
-Everything is drawn from PyTorch's global generator. Images stay uint8; padding to a common size is the model's part.
+Everything is drawn from PyTorch's global generator. Images stay uint8; padding to a common size is the model's part,
+`pad` is for data that was padded to more than that.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ Transform = Callable[[tv_tensors.Image, Target], tuple[tv_tensors.Image, Target]
 
 PER_OBJECT = ("boxes", "labels", "masks", "iscrowd", "segment_ids")
 IGNORED = 255  # of semantic maps
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of a test at several sizes
 CROPS = 10  # drawn in search of one that keeps to `max_class_share`
 RESAMPLE = ("pil", "bilinear")
 ROUNDING = {"round": 0.5, "floor": 0.0}
@@ -135,6 +138,32 @@ class Crop:
         return bool(counts.max() <= self.max_class_share * counts.sum()) and int((counts > 0).sum()) > 1
 
 
+class Pad:
+    """Fills a smaller image up on the right and at the bottom; semantic maps with 255, all else with 0.
+
+    Args:
+        size: pixels, one number or (height, width).
+        fill: what images are filled with, a grey level or a colour (red, green, blue). Where padding came after the
+            normalisation, with 0, it is the mean colour.
+    """
+
+    def __init__(self, size: int | Sequence[int], fill: int | Sequence[int] = 0) -> None:
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.fill = fill if isinstance(fill, int) else list(fill)
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(f"size={size}: give one or two numbers above 0.")
+
+    def __call__(self, image: tv_tensors.Image, target: Target) -> tuple[tv_tensors.Image, Target]:
+        rows, columns = (max(0, side - own) for side, own in zip(self.size, image.shape[-2:], strict=True))
+        padding = [0, 0, columns, rows]
+        return F.pad(image, padding, fill=self.fill), {
+            key: F.pad(part, padding, fill=IGNORED if key == "semantic" else 0)
+            if isinstance(part, tv_tensors.TVTensor)
+            else part
+            for key, part in target.items()
+        }
+
+
 def flip(p: float = 0.5) -> Transform:
     """Mirrors left and right with probability `p`."""
     return v2.RandomHorizontalFlip(p)
@@ -159,7 +188,7 @@ def one_of(*branches: Sequence[Mapping[str, Any]]) -> Transform:
 
 
 STEPS: dict[str, Callable[..., Transform]] = {
-    "resize": Resize, "crop": Crop, "flip": flip, "photometric": photometric, "one_of": one_of,
+    "resize": Resize, "crop": Crop, "pad": Pad, "flip": flip, "photometric": photometric, "one_of": one_of,
 }  # fmt: skip
 
 
@@ -201,6 +230,45 @@ def dense_eval_transform(steps: Sequence[Mapping[str, Any]]) -> Transform:
         return image, target
 
     return transform
+
+
+def dense_views_transform(
+    views: Sequence[Sequence[Mapping[str, Any]]],
+) -> Callable[[tv_tensors.Image, Target], tuple[list[tv_tensors.Image], Target]]:
+    """(image, target) -> a list with the image as each of `views`, lists of steps for evaluation, and the target."""
+    transforms = [dense_eval_transform(steps) for steps in views]
+
+    def transform(image: tv_tensors.Image, target: Target) -> tuple[list[tv_tensors.Image], Target]:
+        seen, (target, *_) = zip(*(transform(image, target) for transform in transforms), strict=True)
+        return list(seen), target
+
+    return transform
+
+
+def views_of(preprocessing: Mapping[str, Any], scales: Sequence[float] | None = None) -> list[list[Mapping[str, Any]]]:
+    """The steps for each view of a test at several scales: the model's own, or those of its `transform` at `scales`."""
+    own = preprocessing.get("views")
+    return own if own and scales is None else scaled_steps(preprocessing["transform"], scales or SCALES)
+
+
+def scaled_steps(
+    steps: Sequence[Mapping[str, Any]], scales: Sequence[float] = SCALES
+) -> list[list[Mapping[str, Any]]]:  # fmt: skip
+    """Steps for evaluation at several scales, as in mmsegmentation: both limits of their resize times each of `scales`.
+
+    Raises:
+        UserError: where there is not one resize.
+    """
+    if len(steps) != 1 or set(steps[0]) != {"resize"} or min(scales, default=0) <= 0:
+        raise UserError(
+            f"test.scales={list(scales)} of the steps {list(steps)}: give factors above 0, and one resize to scale, "
+            "such as data.eval_transform=[{resize: {shortest: 512, longest: 2048}}]."
+        )
+    limits = {key: value for key, value in steps[0]["resize"].items() if key in ("shortest", "longest") and value}
+    return [
+        [{"resize": {**steps[0]["resize"], **{key: int(value * scale) for key, value in limits.items()}}}]
+        for scale in scales
+    ]
 
 
 def _steps(steps: Sequence[Mapping[str, Any]]) -> list[Transform]:

@@ -46,6 +46,7 @@ __all__ = [
     "list_models",
     "read_config",
     "save",
+    "task_of",
 ]
 
 
@@ -73,7 +74,7 @@ def describe(name: str) -> dict[str, Any]:
 
 def create_model(
     name: str,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     num_classes: int | None = None,
     backbone: str | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
@@ -86,7 +87,8 @@ def create_model(
         name: a published model, METHOD_BACKBONE.DATA of `PUBLISHED`; or METHOD_BACKBONE, or a method of `METHODS`; or
             local-dir:FOLDER for a run folder or another that `save` wrote, with which, of the other arguments, only
             `pretrained` has a meaning.
-        pretrained: published weights of the whole model; `pretrained_backbone=True` is for those of the backbone.
+        pretrained: published weights of the whole model, or the name of another published model whose weights fit;
+            `pretrained_backbone=True` is for those of the backbone.
         num_classes: without background; None for those of the published model. Of another number of them, what
             depends on it starts anew, and the log says what that is.
         backbone: any timm model with `features_only`; not beside a name that has one.
@@ -105,7 +107,9 @@ def create_model(
     method, in_name, published = _parse(name)
     if in_name and backbone is not None:
         raise UserError(f"backbone={backbone}: the name {name} has a backbone already; use {method} as the name.")
-    if pretrained and not published:
+    if isinstance(pretrained, str) and pretrained not in PUBLISHED:
+        raise UserError(f"pretrained={pretrained}: no such published model.{nearest(pretrained, PUBLISHED)}")
+    if pretrained is True and not published:
         raise UserError(
             f"pretrained=True: no weights of {name} are known.{nearest(name, PUBLISHED)} "
             "pretrained_backbone=True takes those of its backbone."
@@ -117,15 +121,18 @@ def create_model(
     given = {"num_classes": num_classes, "backbone": in_name or backbone, **kwargs}
     given = {key: value for key, value in given.items() if value is not None}
     model = cls(**_merge(published, given))
+    if published:
+        model.preprocessing = PUBLISHED[name].preprocessing
     if pretrained:
+        source = PUBLISHED[name if pretrained is True else pretrained]
         try:
-            cfg = replace(PUBLISHED[name].pretrained_cfg, **(pretrained_cfg_overlay or {}))
+            cfg = replace(source.pretrained_cfg, **(pretrained_cfg_overlay or {}))
         except TypeError as error:
             raise UserError(f"pretrained_cfg_overlay={pretrained_cfg_overlay}: {error}") from error
         path = checkpoints.find_weights(cfg, cache_dir)
         state = checkpoints.read_checkpoint(path)
         try:
-            model.load_state_dict(checkpoints.fit_dense(state, model, method, published["num_classes"]))
+            model.load_state_dict(checkpoints.fit_dense(state, model, method, len(source.classes)))
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
     return model
@@ -156,6 +163,11 @@ def _merge(published: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return published | given | ({"backbone_kwargs": inner} if inner else {})
 
 
+def task_of(name: str) -> str | None:
+    """The task that a published model was trained for; None for other names."""
+    return PUBLISHED[name].task if name in PUBLISHED else None
+
+
 def _from_folder(path: str, pretrained: bool):
     described = folder.read_config(path)
     section = described["model"]
@@ -163,7 +175,7 @@ def _from_folder(path: str, pretrained: bool):
         section["name"], num_classes=described["num_classes"], backbone=section["backbone"], task=described["task"],
         **section["kwargs"],
     )  # fmt: skip
-    model.preprocessing = {**model.preprocessing, **{key: described["preprocessing"][key] for key in ("mean", "std")}}
+    model.preprocessing = described["preprocessing"]
     if pretrained:
         folder.load_weights(model, path)
     return model

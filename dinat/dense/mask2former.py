@@ -6,7 +6,7 @@ OneFormer: One Transformer to Rule Universal Image Segmentation - https://arxiv.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -101,20 +101,31 @@ class Universal(DenseModel):
         task = self.task if task is None else task
         if task not in TASKS:
             raise UserError(f"task={task}: {self.method} predicts {', '.join(TASKS)}.")
-        found = self.run(batch, [TASKS[task]] * len(batch))
         predict = {"panoptic": self._panoptic, "semantic": self._semantic, "instance": self._instances}[TASKS[task]]
-        padded = tuple(batch.shape[-2:])
-        return [
-            predict(logits, masks, padded, frame, size)
-            for logits, masks, frame, size in zip(
-                found.class_queries_logits, found.masks_queries_logits, frames, sizes, strict=True
-            )
-        ]
+        return [predict(*found) for found in self._found(TASKS[task], batch, frames, sizes)]
 
-    def _semantic(self, logits: Tensor, masks: Tensor, padded: tuple, frame: tuple, size: tuple) -> dict:
+    def scores(self, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple]) -> list[Tensor]:
+        """Of all queries, class probability times mask, summed."""
+        return [self._scores(*found) for found in self._found("semantic", batch, frames, sizes)]
+
+    def maps(self, batch: Tensor) -> Tensor:
+        found = self.run(batch, ["semantic"] * len(batch))
+        masks = postprocess.resize(found.masks_queries_logits.float(), tuple(batch.shape[-2:]))
+        return torch.stack([postprocess.semantic(*one) for one in zip(found.class_queries_logits, masks, strict=True)])
+
+    def _found(self, task: str, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple]) -> Iterator[tuple]:
+        """Logits of classes and masks, padded size, frame and size of the result of each image."""
+        found = self.run(batch, [task] * len(batch))
+        padded = [tuple(batch.shape[-2:])] * len(batch)
+        return zip(found.class_queries_logits, found.masks_queries_logits, padded, frames, sizes, strict=True)
+
+    def _semantic(self, *found: Any) -> dict:
+        return {"semantic": self._scores(*found).argmax(0)}
+
+    def _scores(self, logits: Tensor, masks: Tensor, padded: tuple, frame: tuple, size: tuple) -> Tensor:
         masks = postprocess.fit_masks(masks, padded, frame, None if self.combine_first else size)
         scores = postprocess.semantic(logits, masks)
-        return {"semantic": postprocess.resize(scores[None], size)[0].argmax(0)}
+        return postprocess.resize(scores[None], size)[0]
 
     def _panoptic(self, logits: Tensor, masks: Tensor, padded: tuple, frame: tuple, size: tuple) -> dict:
         masks = postprocess.fit_masks(masks, padded, frame, size)
@@ -266,6 +277,7 @@ class OneFormer(Universal):
         query_layers: of the transformer that makes the first queries.
         tokenizer: texts to their tokens, int64 (texts, 77) with zeros at the end; None to train without the contrast.
         class_names: for the texts; their encoder has `text_layers`, and `text_context` learned texts of its own.
+        task_shares: how often a model of the task "panoptic" is trained for "semantic", "instance" and "panoptic".
     """
 
     method = "oneformer"
@@ -297,8 +309,11 @@ class OneFormer(Universal):
         class_names: Sequence[str] | None = None,
         text_layers: int = 6,
         text_context: int = 16,
+        task_shares: Sequence[float] = (1 / 3, 1 / 3, 1 / 3),
     ) -> None:
         strides = check_sizes(backbone, backbone_kwargs, width, heads)
+        if len(task_shares) != 3 or min(task_shares) < 0 or abs(sum(task_shares) - 1) > 1e-6:
+            raise UserError(f"task_shares={list(task_shares)}: give three numbers from 0, with the sum 1.")
         if tokenizer is not None and (class_names is None or len(class_names) != num_classes):
             raise UserError(f"class_names={class_names}: a tokenizer needs the names of the {num_classes} classes.")
         config = OneFormerConfig(
@@ -339,7 +354,7 @@ class OneFormer(Universal):
             num_classes, task, things, network, pretrained_backbone, size_divisor,
             object_threshold, overlap_threshold, instances, combine_first,
         )  # fmt: skip
-        self.tokenizer, self.class_names = tokenizer, class_names
+        self.tokenizer, self.class_names, self.task_shares = tokenizer, class_names, tuple(task_shares)
         if tokenizer is not None:
             for layer in network.model.text_mapper.text_encoder.transformer.layers:
                 layer.self_attn.register_forward_pre_hook(_look_back, with_kwargs=True)
@@ -360,8 +375,10 @@ class OneFormer(Universal):
 
     def losses(self, batch: Tensor, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         tasks = [TASKS[self.task]] * len(targets)
-        if self.task == "panoptic":  # as originally, a third each
-            tasks = [("semantic", "instance", "panoptic")[int(x)] for x in torch.rand(len(targets)) * 3]
+        if self.task == "panoptic":
+            limits = torch.tensor(self.task_shares).cumsum(0)[:-1]
+            drawn = torch.bucketize(torch.rand(len(targets)), limits, right=True).tolist()
+            tasks = [("semantic", "instance", "panoptic")[i] for i in drawn]
         truth = [self.segments(t, task, batch.shape[-2:]) for t, task in zip(targets, tasks, strict=True)]
         masks, labels = zip(*truth, strict=True)
         texts = {}

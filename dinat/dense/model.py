@@ -33,7 +33,9 @@ class DenseModel(nn.Module):
         method: the name of the method, as in `dinat.dense.create_model`.
         tasks: which of "detection", "semantic" and "panoptic" it can be trained for; `task`: the one it is for.
         num_classes: without background.
-        preprocessing: "mean" and "std" of the images, for pixels of 0 to 1.
+        preprocessing: "mean" and "std" of the images, for pixels of 0 to 1; of published models also "transform", the
+            steps of `dinat.data.dense_transforms` before them in evaluation, and "views", those of each image of a test
+            at several scales.
         size_divisor: sides of a batch are multiples of it, in pixels.
         not_exported: why `torch.export` cannot follow the model; "" where it can.
     """
@@ -110,6 +112,18 @@ class DenseModel(nn.Module):
         """Predictions of a padded batch: (height, width) of each image in it, `frames`, and of each result, `sizes`."""
         raise NotImplementedError
 
+    def scores(self, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple]) -> list[Tensor]:
+        """Scores of the classes for each pixel, (num_classes, height, width) for each image; arguments as before."""
+        raise UserError(f"{self.method} with task={self.task} has no scores of pixels that could be averaged.")
+
+    def maps(self, batch: Tensor) -> Tensor:
+        """What is averaged over windows: (batch, num_classes, height, width), in the batch's own size."""
+        raise UserError(f"{self.method} with task={self.task} has no scores of pixels that could be averaged.")
+
+    def activate(self, maps: Tensor) -> Tensor:
+        """Scores from such maps, (num_classes, height, width)."""
+        return maps
+
     def forward(self, images: Sequence[Tensor] | Tensor, targets: Sequence[Target] | None = None) -> Any:
         if not self.training:
             return self.outputs(images if isinstance(images, Tensor) else self.pad(images))
@@ -152,6 +166,41 @@ class DenseModel(nn.Module):
                 results[i] = result
         return results
 
+    @torch.no_grad()
+    def predict_views(
+        self, views: Sequence[Tensor], size: tuple[int, int], flip: bool = True, window: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """The semantic map of one image from its scores at several scales, averaged ("multi-scale testing").
+
+        Args:
+            views: float (3, h, w), normalised: the image, resized to different sizes.
+            size: (height, width) of the result.
+            flip: whether each is seen mirrored as well.
+            window: side and step in pixels of the windows that the model sees instead of a view as a whole.
+        """
+        total: Tensor | float = 0.0
+        for view in views:
+            for mirrored in (False, True)[: 1 + flip]:
+                seen = view.flip(-1) if mirrored else view
+                if window is None:
+                    (scores,) = self.scores(self.pad([seen]), [tuple(view.shape[-2:])], [size])
+                else:
+                    scores = self.slide(seen, size, *window)
+                total = total + (scores.flip(-1) if mirrored else scores)
+        return {"semantic": total.argmax(0)}
+
+    def slide(self, view: Tensor, size: tuple[int, int], side: int, step: int) -> Tensor:
+        """Scores (num_classes, *size) of a view (3, h, w) from windows, averaged where these overlap."""
+        height, width = view.shape[-2:]
+        total, count = view.new_zeros(self.num_classes, height, width), view.new_zeros(height, width)
+        for top in offsets(height, side, step):
+            for left in offsets(width, side, step):
+                place = (..., slice(top, top + side), slice(left, left + side))
+                rows, columns = view[place].shape[-2:]
+                total[place] += self.maps(self.pad([view[place]]))[0, :, :rows, :columns]
+                count[place] += 1
+        return self.activate(resize((total / count)[None], size)[0])
+
     def padded_size(self, frames: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """(height, width) that holds all `frames`."""
         height, width = (max(sides) for sides in zip(*frames, strict=True))
@@ -161,6 +210,12 @@ class DenseModel(nn.Module):
         """(batch, 3, height, width) of images (3, h, w)."""
         height, width = self.padded_size([tuple(image.shape[-2:]) for image in images])
         return torch.stack([pad_to(image, height, width) for image in images])
+
+
+def offsets(length: int, side: int, step: int) -> list[int]:
+    """Where windows begin, the last one moved back to end at `length`, as in mmsegmentation."""
+    last = max(length - side, 0)
+    return [*range(0, last, step), last]
 
 
 def pad_to(x: Tensor, height: int, width: int, value: float = 0) -> Tensor:

@@ -74,6 +74,7 @@ class Published:
         return {
             "mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD),
             "transform": [{"resize": dict(self.resize)}],
+            "views": [[{"resize": {**self.resize, "shortest": a, "longest": b}}] for a, b in self.multi_scale],
         }  # fmt: skip
 
     @property

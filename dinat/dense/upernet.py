@@ -122,9 +122,23 @@ class UPerNet(DenseModel):
     def predictions(self, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple], **kwargs: Any) -> list[dict]:
         if kwargs.get("task", self.task) != self.task or kwargs.keys() - {"task"}:
             raise TypeError(f"predict() of {self.method} takes no {', '.join(kwargs)}")
+        return [{"semantic": logits.argmax(0)} for logits in self._logits(batch, frames, sizes)]
+
+    def scores(self, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple]) -> list[Tensor]:
+        """Probabilities."""
+        return [self.activate(logits) for logits in self._logits(batch, frames, sizes)]
+
+    def maps(self, batch: Tensor) -> Tensor:
+        return self.outputs(batch).float()
+
+    def activate(self, maps: Tensor) -> Tensor:
+        return maps.softmax(0)
+
+    def _logits(self, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple]) -> list[Tensor]:
+        """Logits (num_classes, height, width) of each image in its size."""
         logits = self.outputs(batch).float()
         return [
-            {"semantic": resize(x[None, :, :height, :width], size)[0].argmax(0)}
+            resize(x[None, :, :height, :width], size)[0]
             for x, (height, width), size in zip(logits, frames, sizes, strict=True)
         ]
 

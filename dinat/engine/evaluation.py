@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import IterableDataset
 
+from dinat import dense
 from dinat.distributed import join
 from dinat.engine import checkpoint, report
 from dinat.engine.scoring import measure
@@ -34,12 +35,14 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         UserError: for a mistake in the configuration, the checkpoint or the data.
     """
     with join(cfg.runtime.device) as world, report.logging_to(None, world.primary):
-        origin = origin_of(find_weights(cfg.checkpoint, "checkpoint") if cfg.checkpoint else None)
+        given = {"checkpoint": cfg.checkpoint, "model.checkpoint": cfg.model.checkpoint}
+        origin = origin_of(next((find_weights(path, key) for key, path in given.items() if path), None))
         data = merge_data(cfg.data, origin.config.get("data"))
         runtime = {"dtype": "float32", "workers": 0, "channels_last": False} | origin.config.get("runtime", {})
         runtime |= {key: value for key, value in cfg.runtime.items() if value is not None}
-        batch_size = cfg.batch_size or origin.config.get("eval_batch_size", 256)
-        task = find_task(origin.task)(data, model_section(cfg.model, origin), runtime, world)
+        section = model_section(cfg.model, origin)
+        name = cfg.test.task or origin.task or dense.task_of(section["name"]) or "classification"
+        task = find_task(name)(data, section, runtime, world, cfg.test)
         task.check_details(per_class=cfg.per_class, confusion=cfg.confusion)
         task.open_validation(origin)
 
@@ -48,6 +51,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             model = to_channels_last(model)
         if runtime["compile"]:
             model.compile()
+        batch_size = cfg.batch_size or origin.config.get("eval_batch_size", task.eval_batch_size)
         loader = task.eval_loader(batch_size)
         total = None if isinstance(loader.dataset, IterableDataset) else len(loader)
         with report.Bar("evaluation", total, batch_size * world.size, primary=world.primary) as bar:
@@ -68,7 +72,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
                 report.draw_confusion(folder / "confusion.png", scores.confusion, names)
         weights = str(origin.weights) if origin.weights else None
         return row | {
-            "task": origin.task,
+            "task": name,
             "headline": task.headline,
             "count": scores.count,
             "skipped": scores.skipped,
@@ -117,6 +121,7 @@ def model_section(model: DictConfig, origin: Origin) -> dict[str, Any]:
     """The `model` section to build from: what is given, on what the checkpoint tells."""
     section = {"backbone": None, "drop_path_rate": None, "kwargs": {}} | origin.model
     section |= {"checkpoint": None, "pretrained": model.pretrained}
+    section["backbone"] = model.backbone or section["backbone"]
     section["kwargs"] = {**to_dict(section["kwargs"]), **to_dict(model.kwargs)}
     section["name"] = model.name or section.get("name")
     if section["name"] is None:

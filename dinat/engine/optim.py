@@ -22,7 +22,8 @@ def create_optimizer(optimizer: Mapping[str, Any], model: nn.Module) -> Optimize
 
     One-dimensional parameters (norms, biases, layer scale) are not decayed. What the model itself lists in
     `no_weight_decay()` is spared too, unless `optimizer.decay_listed` asks otherwise. `optimizer.no_decay` replaces
-    both rules: parameters with one of these parts in their name, and no others, are spared.
+    both rules: parameters with one of these parts in their name, and no others, are spared. To a parameter's name
+    belong here the class of its module (`LayerNorm`) and, in the backbone of a dense model, "backbone".
 
     Raises:
         UserError: for an optimizer that timm does not have, arguments that it does not take, or a part of a name
@@ -54,7 +55,7 @@ def parameter_groups(optimizer: Mapping[str, Any], model: nn.Module) -> list[dic
         groups = param_groups_layer_decay(
             model, decay, no_weight_decay_list=spared, layer_decay=optimizer["layer_decay"]
         )
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = full_names(model)
     for key, parts in (("no_decay", no_decay or ()), ("lr_scale", scales)):
         for part in parts:
             if not any(part in name for name in names.values()):
@@ -73,6 +74,17 @@ def parameter_groups(optimizer: Mapping[str, Any], model: nn.Module) -> list[dic
     return [
         {"params": parameters, "weight_decay": own, "lr_scale": scale} for (own, scale), parameters in regrouped.items()
     ]
+
+
+def full_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """What the parts in `optimizer.no_decay` and `optimizer.lr_scale` are looked for in: name, class of the module, and
+    whether it is of the backbone."""
+    of_backbone = set(model.backbone.parameters()) if isinstance(getattr(model, "backbone", None), nn.Module) else set()
+    names = {}
+    for name, parameter in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        names[parameter] = f"{name} {type(owner).__name__}{' backbone' if parameter in of_backbone else ''}"
+    return names
 
 
 def create_schedule(

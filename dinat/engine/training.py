@@ -105,6 +105,8 @@ class Trainer:
 
         reseed(cfg.seed)
         model = self.task.build_model().to(world.device)
+        if cfg.runtime.sync_batchnorm:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if cfg.runtime.channels_last:
             model = to_channels_last(model)
         if cfg.runtime.grad_checkpointing:

@@ -48,9 +48,10 @@ class Classification(Task):
     hub_task = "image-classification"
 
     def __init__(
-        self, data: Mapping[str, Any], model: Mapping[str, Any], runtime: Mapping[str, Any], world: World
-    ) -> None:
-        super().__init__(data, model, runtime, world)
+        self, data: Mapping[str, Any], model: Mapping[str, Any], runtime: Mapping[str, Any], world: World,
+        test: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(data, model, runtime, world, test)
         check_model_name(model["name"])
         self.benchmark = data.get("benchmark")
         self.several = check_kind(data.get("labels"))

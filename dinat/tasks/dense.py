@@ -14,7 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinat import dense
 from dinat.data import IGNORE, TrainLoader, eval_loader
-from dinat.data.dense_transforms import PER_OBJECT, dense_eval_transform, dense_train_transform
+from dinat.data.dense_transforms import (
+    PER_OBJECT,
+    dense_train_transform,
+    dense_views_transform,
+    views_of,
+)
 from dinat.data.scenes import DigitScenes
 from dinat.data.sources import SPLIT_KEYS
 from dinat.distributed import World
@@ -24,30 +29,36 @@ from dinat.tasks.task import Origin, Step, Task
 from dinat.visualize import write_pictures
 
 PICTURES = 8  # validation images in predictions.png
+WINDOW = "[side, step] in pixels, such as [512, 341]"
 
 
 class DenseTask(Task):
     """A task whose predictions have the size of the image.
 
     The `augment` section has one part of use here, `transform`: a list of steps, see `dinat.data.dense_transforms`.
-    `data.eval_transform` is such a list of resizes for evaluation; scores are always of the original images.
+    `data.eval_transform` is such a list of resizes for evaluation, by default the model's own; scores are always of the
+    original images.
 
     Attributes:
         readers: data.name -> the data set.
     """
 
+    eval_batch_size = 1
     readers: ClassVar[dict[str, type[Dataset]]]
 
     def __init__(
-        self, data: Mapping[str, Any], model: Mapping[str, Any], runtime: Mapping[str, Any], world: World
-    ) -> None:
-        super().__init__(data, model, runtime, world)
+        self, data: Mapping[str, Any], model: Mapping[str, Any], runtime: Mapping[str, Any], world: World,
+        test: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(data, model, runtime, world, test)
         if data["name"] not in self.readers:
             raise UserError(
                 f"data.name={data['name']}: not for task={self.name}, which reads {', '.join(self.readers)}."
                 f"{nearest(str(data['name']), self.readers)}"
             )
 
+        if (window := self.test["window"]) and (len(to_list(window, "test.window", WINDOW)) != 2 or min(window) < 1):
+            raise UserError(f"test.window={list(window)}: must be a list {WINDOW}.")
         if data["exif_transpose"]:
             raise UserError(
                 "data.exif_transpose=true: not for dense prediction, whose boxes and masks would stay behind."
@@ -92,16 +103,24 @@ class DenseTask(Task):
         return self.prepare_for(model)
 
     def load_model(self, origin: Origin, use_ema: bool) -> nn.Module:
-        model = self.create()
+        published = dense.PUBLISHED.get(self.model["name"])
+        if published and not origin.classes and self.num_classes != len(published.classes):
+            raise UserError(
+                f"class counts differ: {published.name} has {len(published.classes)}, the data {self.num_classes}. "
+                "Evaluate on the data that the model was trained for."
+            )
+        model = self.create(self.model["pretrained"] if origin.weights is None else False)
         if origin.weights:
             load_dense_weights(model, origin.weights, use_ema=use_ema, key="checkpoint")
         return self.prepare_for(model)
 
-    def create(self, pretrained_backbone: bool = False) -> nn.Module:
-        """The model as its section describes it."""
+    def create(self, pretrained: bool | str = False) -> nn.Module:
+        """The model as its section describes it, with the initial weights that `model.pretrained` asks for."""
+        name = self.model["name"]
+        of_backbone = pretrained == "backbone" or (pretrained is True and name not in dense.PUBLISHED)
         return dense.create_model(
-            self.model["name"], num_classes=self.num_classes, backbone=self.model["backbone"],
-            pretrained_backbone=pretrained_backbone, task=self.name, **self.arguments(),
+            name, pretrained=not of_backbone and pretrained, num_classes=self.num_classes,
+            backbone=self.model["backbone"], pretrained_backbone=of_backbone, task=self.name, **self.arguments(),
         )  # fmt: skip
 
     def arguments(self) -> dict[str, Any]:
@@ -114,8 +133,11 @@ class DenseTask(Task):
 
     def prepare_for(self, model: nn.Module) -> nn.Module:
         """Settles how images are normalised for the model, and returns it."""
-        chosen = {key: self.data[key] for key in ("mean", "std") if self.data[key] is not None}
-        self.preprocessing = {**model.preprocessing, **chosen}
+        self.preprocessing = {"transform": [], "views": [], **model.preprocessing}
+        self.preprocessing |= {key: self.data[key] for key in ("mean", "std") if self.data[key] is not None}
+        if self.data["eval_transform"] is not None:
+            own = to_list(self.data["eval_transform"], "data.eval_transform")
+            self.preprocessing |= {"transform": own, "views": []}
         self.mean, self.std = (
             torch.tensor(self.preprocessing[key], device=self.world.device).mul(255).view(-1, 1, 1)
             for key in ("mean", "std")
@@ -127,9 +149,15 @@ class DenseTask(Task):
         return TrainLoader(self.train_set, transform, None, batch_size=batch_size, parts=parts, seed=seed, **self.share)
 
     def eval_loader(self, batch_size: int, source: Dataset | None = None) -> DataLoader:
-        transform = dense_eval_transform(to_list(self.data["eval_transform"], "data.eval_transform"))
+        transform = dense_views_transform(self.views())
         source = self.val_set if source is None else source
         return eval_loader(source, transform, None, batch_size=batch_size, **self.share)
+
+    def views(self) -> list[list[dict[str, Any]]]:
+        """The steps for each view of an image in evaluation, of which there is one unless `test.multi_scale` is set."""
+        if not self.test["multi_scale"]:
+            return [self.preprocessing["transform"]]
+        return views_of(self.preprocessing, self.test["scales"])
 
     def normalize(self, images: Sequence[Tensor]) -> list[Tensor]:
         """uint8 images (3, h, w) of any sizes -> float32 on the device, normalised."""
@@ -146,25 +174,33 @@ class DenseTask(Task):
 
     def score(self, metric: Any, model: nn.Module, images: Sequence[Tensor], targets: Sequence[Any]) -> None:
         real = [index for index, target in enumerate(targets) if target != IGNORE]
-        sizes = [targets[index]["size"] if index in real else image.shape[-2:] for index, image in enumerate(images)]
-        predictions = self.predict(model, images, sizes)
+        views = [image if index in real else [image] for index, image in enumerate(images)]
+        sizes = [targets[i]["size"] if i in real else seen.shape[-2:] for i, (seen, *_) in enumerate(views)]
+        predictions = self.predict(model, views, sizes)
         metric.update([predictions[index] for index in real], [targets[index] for index in real])
 
-    def predict(self, model: nn.Module, images: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict]:
-        """Predictions for uint8 images, in `sizes` (height, width)."""
+    def predict(
+        self, model: nn.Module, views: Sequence[Sequence[Tensor]], sizes: Sequence[tuple[int, int]]
+    ) -> list[dict]:
+        """Predictions for images, in `sizes` (height, width), from the views of each (uint8)."""
+        prepared, sizes = [self.normalize(seen) for seen in views], [tuple(size) for size in sizes]
         with self.autocast():
-            return model.predict(self.normalize(images), [tuple(size) for size in sizes])
+            if self.averaged:
+                flip, window = self.test["multi_scale"] and self.test["flip"], self.test["window"]
+                pairs = zip(prepared, sizes, strict=True)
+                return [model.predict_views(seen, size, flip, window) for seen, size in pairs]
+            return model.predict([image for (image,) in prepared], sizes)
 
     @torch.no_grad()
     def draw(self, model: nn.Module, folder: Path) -> None:
-        transform = dense_eval_transform(to_list(self.data["eval_transform"], "data.eval_transform"))
+        transform = dense_views_transform(self.views())
         training = model.training
         model.eval()
         rows = []
         for index in range(min(PICTURES, len(self.val_set))):
             image, target = self.val_set[index]
-            resized, target = transform(image, target)
-            rows.append((image, target, self.predict(model, [resized], [target["size"]])[0]))
+            views, target = transform(image, target)
+            rows.append((image, target, self.predict(model, [views], [target["size"]])[0]))
         model.train(training)
         write_pictures(folder / "predictions.png", rows, self.classes)
 
@@ -174,7 +210,14 @@ class DenseTask(Task):
     def results_row(self, model: nn.Module, figures: Mapping[str, float]) -> dict[str, Any]:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         rounded = {name: None if math.isnan(value) else round(value, 4) for name, value in figures.items()}
-        return {"model": self.full_name(), **rounded, "param_count": round(parameters / 1e6, 2)}
+        tested = f"{self.full_name()} at several scales" if self.test["multi_scale"] else self.full_name()
+        return {"model": tested, **rounded, "param_count": round(parameters / 1e6, 2)}
+
+    def published(self, model: nn.Module) -> float | None:
+        row = dense.PUBLISHED.get(self.model["name"])
+        if row is None or self.data["name"] != row.data.removesuffix("_instance"):
+            return None
+        return row.figures.get(f"{self.headline}_multi_scale" if self.test["multi_scale"] else self.headline)
 
     def full_name(self) -> str:
         """METHOD_BACKBONE."""
@@ -190,17 +233,17 @@ class DenseTask(Task):
             "num_classes": self.num_classes,
             "label_names": self.classes,
             "category_ids": list(getattr(self.train_set, "category_ids", range(self.num_classes))),
-            "preprocessing": {**self.preprocessing, "transform": to_list(self.data["eval_transform"], "")},
+            "preprocessing": self.preprocessing,
         }
         dense.save(model, described, folder)
 
 
-def to_list(steps: Any, key: str) -> list[Any]:
-    """A plain list of transform steps; [] for null."""
-    steps = OmegaConf.to_container(steps, resolve=True) if OmegaConf.is_config(steps) else steps
-    if steps is not None and not isinstance(steps, list):
-        raise UserError(f"{key}={steps}: must be a list of steps, such as [{{flip: {{p: 0.5}}}}].")
-    return steps or []
+def to_list(values: Any, key: str, such_as: str = "of steps, such as [{flip: {p: 0.5}}]") -> list[Any]:
+    """A plain list; [] for null."""
+    values = OmegaConf.to_container(values, resolve=True) if OmegaConf.is_config(values) else values
+    if values is not None and not isinstance(values, list):
+        raise UserError(f"{key}={values}: must be a list {such_as}.")
+    return values or []
 
 
 def without_crowds(target: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import sys
@@ -134,12 +135,12 @@ def load_weights(
 def load_dense_weights(
     model: nn.Module, path: str | Path, *, reset_head: bool = False, use_ema: bool = True, key: str = "model.checkpoint"
 ) -> None:
-    """Loads weights into a model of `dinat.dense`: all of them or, with `reset_head`, those of the backbone alone.
+    """Loads weights into a model of `dinat.dense`: all or, with `reset_head`, all but what depends on the classes.
 
     Of models with a backbone of this package, published files too, in every layout.
 
-    The backbone may come from a model of another method or task, a classifier too. Norms of its feature maps, which
-    classifiers do not have, start anew then, and the log says so.
+    With `reset_head`, a model of another method or task, a classifier too, gives its backbone. Norms of its feature
+    maps, which classifiers do not have, start anew then, and the log says so.
 
     Raises:
         UserError: for a missing or unreadable file, or another model or backbone.
@@ -148,7 +149,7 @@ def load_dense_weights(
     state = read_weights(path, use_ema, key)
     if not reset_head:
         what = f"{key}={path} is of another model than this {type(model).__name__}"
-        what += " (model.reset_head=true takes the backbone alone)" if key == "model.checkpoint" else ""
+        what += " (model.reset_head=true takes what does not depend on it)" if key == "model.checkpoint" else ""
         if state.keys() != model.state_dict().keys() and _native(state):
             try:
                 state = checkpoints.fit_dense(state, model, model.method)
@@ -156,6 +157,9 @@ def load_dense_weights(
                 raise UserError(f"{what}: {error}") from error
         checkpoints.check_fit(model.state_dict(), state, what)
         model.load_state_dict(state)
+        return
+    with contextlib.suppress(CheckpointError):  # of another method or architecture
+        model.load_state_dict(checkpoints.fit_dense(state, model, model.method, reset_head=True))
         return
     own = model.backbone.state_dict()
     found = max((_backbone_part(weights, own) for weights in (state, _native(state))), key=len)

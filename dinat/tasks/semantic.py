@@ -19,6 +19,7 @@ class Semantic(DenseTask):
     name = "semantic"
     headline = "miou"
     hub_task = "image-segmentation"
+    averages = True
     labels: ClassVar[dict[str, str]] = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
     readers: ClassVar = {
         "digit_scenes": SemanticScenes,

@@ -44,7 +44,7 @@ class Origin:
     num_classes: int | None = None
     classes: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
-    task: str = "classification"
+    task: str | None = None
 
 
 class Metric(Protocol):
@@ -84,6 +84,9 @@ class Task(ABC):
         labels: the figures of an evaluation in the order of the tables, and what people call them.
         hub_task: what the Hugging Face hub calls it.
         test_set: the split that is evaluated once, after training, where `data.test_split` names one.
+        averages: whether predictions of an image at several scales, or of its windows, can be averaged; `averaged`:
+            whether they are.
+        eval_batch_size: images per process in evaluation, where nothing else tells.
         classes: names of the classes in index order, once opened; may be empty where the data has none.
         num_classes: their number.
         share: what a loader has to know of the processes.
@@ -91,6 +94,7 @@ class Task(ABC):
     Args:
         data, model, runtime: sections of the configuration.
         world: the processes.
+        test: of an evaluation, its section of that name.
 
     Raises:
         UserError: for what is wrong in these sections.
@@ -100,14 +104,22 @@ class Task(ABC):
     headline: str
     labels: dict[str, str]
     hub_task: ClassVar[str]
+    averages: ClassVar[bool] = False
+    eval_batch_size: ClassVar[int] = 256
     classes: list[str]
     num_classes: int
     test_set: Dataset | None = None
 
     def __init__(
-        self, data: Mapping[str, Any], model: Mapping[str, Any], runtime: Mapping[str, Any], world: World
-    ) -> None:
+        self, data: Mapping[str, Any], model: Mapping[str, Any], runtime: Mapping[str, Any], world: World,
+        test: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.data, self.model, self.runtime, self.world = data, model, runtime, world
+        self.test = test or {"multi_scale": False, "window": None}
+        self.averaged = bool(self.test["multi_scale"] or self.test["window"])
+        if self.averaged and not self.averages:
+            key = "multi_scale" if self.test["multi_scale"] else "window"
+            raise UserError(f"test.{key}={self.test[key]}: not with task={self.name}, only with task=semantic.")
         dtype = autocast_dtype(runtime["dtype"])
         self.autocast = partial(torch.autocast, world.device.type, dtype, enabled=dtype != torch.float32)
         self.share = {"rank": world.rank, "ranks": world.size, "workers": runtime["workers"]}

@@ -230,6 +230,9 @@ def test_predict_refuses(dinat, photo, tmp_path, pico):
     refused(dinat("predict", photo, "--model", "local-dir:/nowhere"), "--model local-dir:/nowhere: ")
     refused(dinat("predict", photo, "--model", "dinat_pico", "--checkpoint", "/nowhere"), "/nowhere: no such file")
     refused(dinat("predict", photo, "--model", "dinat_nano", "--checkpoint", pico[0]), "is of another architecture")
+    refused(
+        dinat("predict", photo, "--multi-scale"), "--multi-scale: not with --model dinat_mini, only with models for"
+    )
     refused(dinat("predict", photo, "--format", "xml"), "Invalid value for '--format'")
     refused(dinat("predict"), "Missing argument 'IMAGE...'")
 

@@ -6,7 +6,13 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from dinat.data.dense_transforms import Resize, dense_eval_transform, dense_train_transform
+from dinat.data.dense_transforms import (
+    Resize,
+    dense_eval_transform,
+    dense_train_transform,
+    dense_views_transform,
+    scaled_steps,
+)
 from dinat.errors import UserError
 
 
@@ -102,6 +108,31 @@ def test_objects_need_pixels_and_a_box_to_stay():
     assert transform(image, target)[1]["area"].tolist() == [24, 18]
 
 
+def test_padding_fills_up_to_a_size():
+    image, target = sample()
+    image, target = dense_train_transform([{"pad": {"size": [16, 10], "fill": [1, 2, 3]}}])(image, target)
+    assert image.shape == (3, 16, 20)
+    assert image[:, 12:].unique(dim=2).squeeze(2).T.unique(dim=0).tolist() == [[1, 2, 3]]
+    assert torch.equal(image[:, :12], sample()[0])
+    assert (target["semantic"][12:] == 255).all()
+    assert target["semantic"][:12].max() == 1
+    assert target["masks"].sum((1, 2)).tolist() == [24, 1]
+    assert (target["boxes"].tolist(), target["boxes"].canvas_size) == (sample()[1]["boxes"].tolist(), (16, 20))
+
+
+def test_steps_at_several_scales():
+    steps = [{"resize": {"shortest": 512, "longest": 2048, "resample": "bilinear"}}]
+    small, large = scaled_steps(steps, [0.75, 1.25])
+    assert small == [{"resize": {"shortest": 384, "longest": 1536, "resample": "bilinear"}}]
+    assert large == [{"resize": {"shortest": 640, "longest": 2560, "resample": "bilinear"}}]
+    views, target = dense_views_transform(scaled_steps([{"resize": {"shortest": 12}}], [0.5, 2]))(*sample())
+    assert [view.shape for view in views] == [(3, 6, 10), (3, 24, 40)]
+    assert (target["size"], target["masks"].shape) == ((12, 20), (2, 12, 20))
+    for scales, wrong in (([0.5], []), ([], steps), ([-1], steps)):
+        with pytest.raises(UserError, match=r"test\.scales=.* give factors above 0, and one resize to scale"):
+            scaled_steps(wrong, scales)
+
+
 def test_a_flip_mirrors_everything():
     image, target = dense_train_transform([{"flip": {"p": 1.0}}])(*sample())
     assert image[0, 0].tolist() == [*range(190, -1, -10)]
@@ -185,7 +216,7 @@ def test_evaluation_leaves_the_target_in_its_frame():
         (
             dense_train_transform,
             [{"resise": {}}],
-            "no step resise. Known: resize, crop, flip, photometric, one_of. Did",
+            "no step resise. Known: resize, crop, pad, flip, photometric, one_of. Did",
         ),
         (dense_train_transform, [{"resize": {"short": 8}}], "resize: {'short': 8}: "),
         (
@@ -196,6 +227,7 @@ def test_evaluation_leaves_the_target_in_its_frame():
         (dense_train_transform, [{"resize": {"shortest": 0}}], "shortest=0"),
         (dense_train_transform, [{"crop": {}}], "give one of the two"),
         (dense_train_transform, [{"crop": {"size": 8, "max_class_share": 0}}], "max_class_share=0: out of range"),
+        (dense_train_transform, [{"pad": {"size": 0}}], "pad: {'size': 0}: size=0: give one or two numbers above 0."),
         (dense_train_transform, ["flip"], "flip is not a step. Write one as `- flip: {p: 0.5}`."),
         (dense_eval_transform, [{"flip": {"p": 0.5}}], "would be random. Use resize with one size."),
         (dense_eval_transform, [{"resize": {"shortest": [8, 9]}}], "would be random"),

@@ -220,6 +220,24 @@ def test_oneformer_draws_a_task_per_image(monkeypatch):
     assert told[:4] == told[4:8]
 
 
+@pytest.mark.parametrize("shares", [(0.5, 0.5, 0.0), (0.0, 0.0, 1.0), (0.25, 0.25, 0.5)])
+def test_shares_of_the_tasks(monkeypatch, shares):
+    """As the draws of 0, 1/8, 2/8, ... say: an image is for the first task whose summed share is above its draw."""
+    model, told = tiny("oneformer", task_shares=shares), []
+
+    def spy(batch, tasks, **kwargs):
+        told.extend(tasks)
+        raise InterruptedError
+
+    monkeypatch.setattr(model, "run", spy)
+    monkeypatch.setattr(torch, "rand", lambda count: torch.arange(count) / count)
+    target = {"masks": tv_tensors.Mask(torch.ones(1, 32, 32, dtype=torch.bool)), "labels": torch.tensor([2])}
+    with pytest.raises(InterruptedError):
+        model([torch.randn(3, 32, 32)] * 8, [target] * 8)
+    counts = [int(8 * share) for share in shares]
+    assert told == ["semantic"] * counts[0] + ["instance"] * counts[1] + ["panoptic"] * counts[2]
+
+
 def test_bad_arguments():
     with pytest.raises(
         UserError, match=r"must have at least three feature maps, each half as large.*strides: \[4, 8\]"
@@ -231,5 +249,8 @@ def test_bad_arguments():
         tiny(things=[True, False])
     with pytest.raises(UserError, match=r"task=boxes: mask2former predicts panoptic, semantic, instance"):
         tiny().eval().predict([torch.zeros(3, 32, 32)], task="boxes")
+    for shares in ((0.5, 0.5), (0.5, 0.4, 0.0), (-0.5, 1.0, 0.5)):
+        with pytest.raises(UserError, match=r"task_shares=.*: give three numbers from 0, with the sum 1"):
+            tiny("oneformer", task_shares=shares)
     with pytest.raises(UserError, match=r"class_names=None: a tokenizer needs the names of the 3 classes"):
         tiny("oneformer", tokenizer=list)

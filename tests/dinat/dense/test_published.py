@@ -34,6 +34,8 @@ def test_row(name):
         {"resize": dict(zip(("shortest", "longest", "resample"), facts["resize"], strict=True))}
     ]
     assert [list(scale) for scale in row.multi_scale] == facts.get("multi_scale", [])
+    views = [{"shortest": a, "longest": b, "resample": facts["resize"][2]} for a, b in facts.get("multi_scale", [])]
+    assert row.preprocessing["views"] == [[{"resize": view}] for view in views]
 
 
 def test_the_catalogue_is_whole():
@@ -103,7 +105,7 @@ def test_model(name, file_of):
     assert any("ls1" in key for key in model.state_dict()) == scaled
     assert (model.task, model.num_classes) == (facts["task"], facts["classes"])
     assert model.size_divisor == (1 if model.method == "upernet" else 32)
-    assert model.preprocessing == {key: tuple(PUBLISHED[name].preprocessing[key]) for key in ("mean", "std")}
+    assert model.preprocessing == PUBLISHED[name].preprocessing
     for attribute in ("object_threshold", "instances"):
         assert getattr(model, attribute, None) == facts.get(attribute)
     if "queries" in facts:

@@ -41,6 +41,7 @@ TABLE = {
     "engine/test_script.py::test_saved_every_second_update": "checkpoint.every_steps",
     "engine/test_script.py::test_stopped_in_the_middle_of_the_third_epoch":
         "checkpoint.every_epochs checkpoint.export resume",
+    "engine/test_tasks.py::test_batch_norm_of_all_processes": "runtime.sync_batchnorm",
     "engine/test_train.py::test_compiled_model_keeps_its_names": "runtime.compile",
     "engine/test_train.py::test_trackers": "runtime.log_every",
     "engine/test_train.py::test_weights_of_another_model": "model.pretrained",

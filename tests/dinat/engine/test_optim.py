@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 
+from dinat import dense
 from dinat.engine.optim import create_optimizer, create_schedule
 from dinat.errors import UserError
 
@@ -107,6 +108,22 @@ def test_factors_of_named_parts(compose, model):
         factor = (0.1 if "levels" in name else 1.0) * (0.5 if "rpb" in name else 1.0)
         assert scale == pytest.approx(before[name][1] * factor), name
         assert decay == before[name][0]
+
+
+def test_classes_of_modules_and_the_backbone_have_names(compose):
+    """What torchvision and transformers number instead of naming: a group norm, a batch norm, an embedding."""
+    options = dict(width=32, heads=2, encoder_layers=1, encoder_mlp=16, decoder_layers=2, decoder_mlp=16, queries=4)
+    model = dense.create_model("mask2former_test_convnext", num_classes=3, **options)
+    cfg = compose("optimizer.weight_decay=0.3", "optimizer.no_decay=[GroupNorm,Embedding]",
+                  "+optimizer.lr_scale={backbone: 0.1}")  # fmt: skip
+    modules, inside = dict(model.named_modules()), {name for name, _ in model.backbone.named_parameters()}
+    spared = set()
+    for name, (decay, scale) in groups(model, create_optimizer(cfg.optimizer, model)).items():
+        kind = modules[name.rpartition(".")[0]]
+        assert decay == (0.0 if isinstance(kind, torch.nn.GroupNorm | torch.nn.Embedding) else 0.3), name
+        assert scale == (0.1 if name.removeprefix("network.model.pixel_level_module.encoder.") in inside else 1.0), name
+        spared |= {type(kind).__name__} if not decay else set()
+    assert spared == {"GroupNorm", "Embedding"}
 
 
 @pytest.mark.parametrize("option", ["optimizer.no_decay=[nrom]", "+optimizer.lr_scale={nrom: 0.1}"])

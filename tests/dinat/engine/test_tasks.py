@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import dinat.commands
 import dinat.dense
 from dinat.dense.model import DenseModel
+from dinat.distributed import ALONE
 from dinat.engine import evaluate, train
 from dinat.engine.checkpoint import read_checkpoint
 from dinat.engine.training import Trainer
@@ -97,6 +98,35 @@ def test_predict_writes_pictures_and_results(run, tmp_path, monkeypatch, capsys)
     else:
         labels = Image.open(output / "0_labels.png")
         assert (labels.size, labels.mode) == ((40, 28), "L")
+
+
+def test_predict_at_several_scales(tmp_path, monkeypatch, capsys):
+    """The sizes are those of the model's resize times 0.5 to 1.75."""
+    sizes, predict_views = [], DenseModel.predict_views
+
+    def spy(self, views, size):
+        sizes.extend(tuple(view.shape) for view in views)
+        return predict_views(self, views, size)
+
+    kwargs = {"channels": 8, "auxiliary_channels": 0}
+    preprocessing = {"mean": [0.5] * 3, "std": [0.5] * 3, "transform": [{"resize": {"shortest": 32}}]}
+    described = {
+        "task": "semantic", "model": {"name": "upernet", "backbone": "test_convnext", "kwargs": kwargs},
+        "num_classes": 2, "label_names": ["ant", "bee"], "preprocessing": preprocessing,
+    }  # fmt: skip
+    (tmp_path / "run").mkdir()
+    model = dinat.dense.create_model("upernet", backbone="test_convnext", num_classes=2, **kwargs)
+    dinat.dense.save(model, described, tmp_path / "run")
+    Image.new("RGB", (40, 20), "gray").save(tmp_path / "a.png")
+    monkeypatch.setattr(DenseModel, "predict_views", spy)
+    monkeypatch.chdir(tmp_path)
+    command = ["dinat", "predict", "a.png", "--model", "local-dir:run", "--output", "found", "--multi-scale"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as stop:
+        dinat.commands.main()
+    assert not stop.value.code, capsys.readouterr().err
+    assert sizes == [(3, side, 2 * side) for side in (16, 24, 32, 40, 48, 56)]
+    assert Image.open(tmp_path / "found" / "a_labels.png").size == (40, 20)
 
 
 def test_ids_of_the_data_come_back_in_the_results(scenes, tmp_path, monkeypatch):
@@ -221,6 +251,14 @@ def test_backbone_data_and_size_are_those_of_the_configuration(scenes, tmp_path,
     backbone = dinat.dense.create_model(f"local-dir:{tmp_path}").backbone
     plain = timm.create_model("test_convnext", features_only=True)
     assert sum(p.numel() for p in backbone.parameters()) == sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_batch_norm_of_all_processes(scenes, tmp_path, wanted):
+    trainer = Trainer(scenes("semantic", f"runtime.sync_batchnorm={wanted}"), tmp_path, ALONE)
+    norms = [module for module in trainer.model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(module, torch.nn.SyncBatchNorm) is wanted for module in norms)
 
 
 def test_backbone_of_another_task(run, scenes, tmp_path, caplog):
