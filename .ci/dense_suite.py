@@ -1,9 +1,10 @@
-"""A published dense model of each method, the smallest one, at full size on photographs: `python .ci/dense_suite.py`.
+"""A published dense model of each method at full size on photographs: `python .ci/dense_suite.py [NAME ...]`.
 
 On 600 x 800 and 300 x 200 pixels, where dilated windows are wider than the map and layers pad it. Weights are random:
 outputs must be finite and of the right sizes. Some minutes on one core, so not in the tests.
 """
 
+import sys
 import time
 
 import torch
@@ -55,7 +56,7 @@ def count_padding(model: torch.nn.Module) -> list[str]:
 @torch.no_grad()
 def main() -> None:
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
-    for name in MODELS:
+    for name in sys.argv[1:] or MODELS:
         torch.manual_seed(0)
         model, row = dinat.dense.create_model(name).eval(), dinat.dense.PUBLISHED[name]
         padding = count_padding(model)
