@@ -2,20 +2,23 @@
 
     python benchmarks/aot.py                      # everything, rewrites benchmarks/results/aot.csv
     python benchmarks/aot.py --arch sm_90 --only dinat_tiny.0 --output -
-    python benchmarks/aot.py --once --output -    # each kernel once: those of other heads, or maps, left out
+    python benchmarks/aot.py --once --output -    # each kernel once: problems that share theirs left out
     python benchmarks/aot.py --warm --arch sm_90  # no table: Triton's cache gets what models, tests and tuning launch
 
-Checks: no spills, shared memory within the architecture's limit, tensor-core instructions for 16-bit inputs.  Needs
-`triton` 3.6 or newer and PyTorch, and `kernels/` on PYTHONPATH or dinat installed.  Triton's own dispatcher
-compiles, for tensors of the device "meta", so that a launch finds its kernel in the cache; no GPU is touched.
+Checks: no spills in a loop, shared memory within the architecture's limit, for 16-bit inputs tensor-core instructions
+and, on sm_80 and sm_90, copies in flight where a tile has one key block.  Needs `triton` 3.6 or newer and PyTorch, and
+`kernels/` on PYTHONPATH or dinat installed.  Triton's own dispatcher compiles, for tensors of the device "meta", so
+that a launch finds its kernel in the cache; no GPU is touched.
 
 Columns: `kernel` is forward, or of the backward pass query (with the gradients of keys, values and bias where it can),
-rpb (the gradient of the bias where it cannot) or key.  A program does the same tile of `images` images.  Instruction
-counts are per warp; `block_*` inside the loop with the products (over key blocks or images; the whole kernel where
-there is none), `other` outside it, each instruction once.  `issue_us` is a paper estimate for batch 128: warp
-instructions over issue slots, if every scheduler issued one in every cycle; `exp2_us` the same for the units of
-exponentials; `floor_us` as in problems.py.  `paper_ratio` = floor / max(issue, exp2, floor).  It ranks variants; it is
-no measurement.
+rpb (the gradient of the bias where it cannot) or key.  A program does the same tile of up to `images` images.
+`launches`: of this kernel, and of PyTorch's that zero the parts of the bias table and add them up.
+Instruction counts are per warp; `block_*` inside the loop with the products (over key blocks or images; the whole
+kernel where there is none), `other` outside it, each instruction once.  `in_flight`: groups of asynchronous copies that
+the loop does not wait for; empty where it waits for none.  `programs`: that a multiprocessor holds; `waves`: the
+programs of batch 128 over those that the GPU holds.  `*_us` is what each resource would take, as paper.py says, and
+`time_us` what `binds` takes; `floor_us` (see problems.py) and `paper_ratio`, floor over time, are of the pass, forward
+or backward, that the kernel belongs to.  All that is an estimate which ranks variants; it is no measurement.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ import torch
 import triton
 from dinat_kernels.geometry import make_neighborhood
 from dinat_kernels.impl.fused.configs import Config, shipped, user_configs
-from dinat_kernels.impl.fused.launch import Launch, forget_plans
+from dinat_kernels.impl.fused.launch import Gpu, Launch, forget_plans
+from dinat_kernels.impl.fused.positions import SIZES
 from dinat_kernels.tune import Layer, candidates, class_of, launches
 from problems import DEVICES, MODELS, Problem, floor
 from triton.backends.compiler import GPUTarget
@@ -48,16 +52,22 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class Architecture(NamedTuple):
+    gpu: Gpu
     target: GPUTarget
     limits: paper.Limits
     device: str | None  # of the paper estimate
 
 
+def _nvidia(capability: int, device: str, shared: int) -> Architecture:
+    gpu, target = Gpu(f"sm_{capability}", DEVICES[device].processors), GPUTarget("cuda", capability, 32)
+    return Architecture(gpu, target, paper.Limits(shared - 1 << 10, shared << 10), device)
+
+
 ARCHITECTURES = {
-    "sm_80": Architecture(GPUTarget("cuda", 80, 32), paper.Limits(163 << 10, 164 << 10), "A100"),
-    "sm_90": Architecture(GPUTarget("cuda", 90, 32), paper.Limits(227 << 10, 228 << 10), "H200"),
-    "sm_100": Architecture(GPUTarget("cuda", 100, 32), paper.Limits(227 << 10, 228 << 10), "B200"),
-    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), paper.Limits(64 << 10), None),
+    "sm_80": _nvidia(80, "A100", 164),
+    "sm_90": _nvidia(90, "H200", 228),
+    "sm_100": _nvidia(100, "B200", 228),
+    "gfx942": Architecture(Gpu("gfx942", 304), GPUTarget("hip", "gfx942", 64), paper.Limits(64 << 10), None),
 }
 # Mnemonics of NVIDIA's and AMD's assembly.
 KINDS = {
@@ -102,7 +112,7 @@ class Case(NamedTuple):
             table = (self.heads, *[2 * k - 1 for k in neighborhood.kernel_size])
             rpb = torch.empty(table, dtype=self.rpb_dtype, device="meta")
         d_out = torch.empty(self.batch, *self.lengths, self.heads, value_dim, **options)
-        return launches(q, k, v, rpb, d_out, neighborhood, arch)
+        return launches(q, k, v, rpb, d_out, neighborhood, ARCHITECTURES[arch].gpu)
 
 
 def case_of(p: Problem, **fields: Any) -> Case:
@@ -147,7 +157,8 @@ def cases_to_warm(arch: str) -> list[Case]:
             )
     for dilation in (8, 1):
         layer = Layer(56, 7, dilation)
-        for problem in dict.fromkeys(class_of(x, arch) for x in layer.launches(BATCH, "meta", arch)):
+        gpu = ARCHITECTURES[arch].gpu
+        for problem in dict.fromkeys(class_of(x, gpu) for x in layer.launches(BATCH, "meta", gpu)):
             for config in candidates(shipped(problem)):
                 window = dict(kernel_size=7, dilation=dilation)
                 found.append(Case("tuning", (56, 56), window, layer.heads, config=(str(problem), config)))
@@ -169,19 +180,20 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     return launch.plan.kernel.warmup(*launch.arguments(), grid=launch.plan.grid, **launch.plan.options)
 
 
-def key(launch: Launch, *but: str) -> tuple:
-    """What Triton compiles by: equal keys, equal kernels.  `but` are names of constants that do not count."""
-    integers = tuple(1 if n == 1 else (n % 16 == 0, n >= 2**31) for n in launch.plan.integers)
-    constants = {name: value for name, value in launch.plan.constants.items() if name not in but}
+def key(launch: Launch) -> tuple:
+    """What Triton compiles by: equal keys, equal kernels."""
+    plan = launch.plan
+    named = zip(plan.kernel.arg_names[len(launch.tensors) + 1 :], plan.integers, strict=False)
+    integers = tuple(1 if n == 1 else (n % 16 == 0, n >= 2**31) for name, n in named if name not in SIZES)
     dtypes = tuple(x.dtype for x in launch.tensors)
-    return launch.plan.name, integers, dtypes, str(constants), str(launch.plan.options)
+    return plan.name, integers, dtypes, str(plan.constants), str(plan.options)
 
 
-def distinct(work: Iterable[tuple[str, Case]], *but: str) -> list[tuple[str, Case]]:
+def distinct(work: Iterable[tuple[str, Case]]) -> list[tuple[str, Case]]:
     """The (architecture, case) pairs with a kernel that none before has, by `key`."""
     seen, kept = set(), []
     for arch, case in work:
-        keys = {(arch, *key(launch, *but)) for launch in case.launches(arch)}
+        keys = {(arch, *key(launch)) for launch in case.launches(arch)}
         if not keys <= seen:
             kept.append((arch, case))
         seen |= keys
@@ -256,6 +268,7 @@ def row(arch: str, case: Case, launch: Launch, compiled_kernel: Any) -> dict:
         block="{3}x{4}".format(*constants["BOX"]) + f"/{constants['BQ' if kernel == 'key' else 'BK']}",
         blocks=constants["BOX"][-1] if kernel != "rpb" else 1,
         images=plan.integers[-1],
+        launches=3 if constants.get("GRAD_RPB") else 1,
         num_warps=plan.options["num_warps"],
         num_stages=plan.options["num_stages"],
         registers=compiled.registers,
@@ -272,7 +285,7 @@ def row(arch: str, case: Case, launch: Launch, compiled_kernel: Any) -> dict:
     warps = plan.options["num_warps"]
     result["programs"] = paper.programs_per_processor(compiled, warps, target.limits)
     if case.layer is not None:
-        moved = paper.traffic(plan, case.batch, case.layer.side**2, case.dtype.itemsize)
+        moved = paper.traffic(plan, case.layer.side**2, case.dtype.itemsize)
         estimate = paper.estimate(plan, compiled, counts, DEVICES[target.device], target.limits, moved)
         binds, waves = estimate.pop("binds"), estimate.pop("waves")
         result |= dict(waves=round(waves, 2), dram_bytes=moved[0], l2_bytes=moved[1])
@@ -286,11 +299,17 @@ def faults(row: dict) -> list[str]:
     limit = ARCHITECTURES[row["arch"]].limits.program_shared
     found = {
         f"{row['loop_spills']} spills in a loop": row["loop_spills"] > 0,
+        "no copy in flight": row["arch"] in ("sm_80", "sm_90") and _is_pipelined(row) and not row["in_flight"],
         f"{row['shared_bytes']} bytes of shared memory, of {limit}": row["shared_bytes"] > limit,
         "no tensor-core instructions": row["dtype"] != "fp32" and not row["block_matrix"],
     }
     where = " ".join(str(row[column]) for column in ("arch", "dtype", "head_dim", "problem", "kernel"))
     return [f"{where}: {fault}" for fault, is_true in found.items() if is_true]
+
+
+def _is_pipelined(row: dict) -> bool:
+    """Whether a kernel should copy an image while it works on another: 16 bits, all keys of a tile in one block."""
+    return row["dtype"] != "fp32" and row["blocks"] == 1 and row["kernel"] != "rpb"
 
 
 def warm(arch: str, case: Case) -> str | None:
@@ -308,9 +327,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="*", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--only", default="", help="beginning of the problem's name")
-    parser.add_argument(
-        "--once", action="store_true", help="leave out problems that differ in the number of heads alone"
-    )
+    parser.add_argument("--once", action="store_true", help="leave out problems whose kernels others have")
     parser.add_argument("--warm", action="store_true", help="compile into Triton's cache what a GPU will be asked for")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "aot.csv"), help="- for the screen")
@@ -321,10 +338,8 @@ def main() -> None:
         for case in (cases_to_warm(arch) if args.warm else cases())
         if case.name.startswith(args.only)
     ]
-    if args.warm:
+    if args.warm or args.once:
         work = distinct(work)
-    elif args.once:
-        work = distinct(work, "HEADS")
     table = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         if args.warm:

@@ -110,11 +110,11 @@ def facts(report: Report, seconds: float) -> None:
     if report.dry:
         report.note("facts", arch="sm_90")
         return
-    from dinat_kernels.impl.fused.launch import architecture
+    from dinat_kernels.impl.fused.launch import gpu_of
 
-    gpu = torch.cuda.get_device_properties(0)
-    report.note("facts", arch=architecture(torch.device("cuda")), processors=gpu.multi_processor_count)
-    report.note("facts", l2=gpu.L2_cache_size, memory=gpu.total_memory, free=torch.cuda.mem_get_info()[0])
+    report.note("facts", **gpu_of(torch.device("cuda"))._asdict())
+    properties = torch.cuda.get_device_properties(0)
+    report.note("facts", l2=properties.L2_cache_size, memory=properties.total_memory, free=torch.cuda.mem_get_info()[0])
 
 
 def ceilings(report: Report, seconds: float) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from aot import ARCHITECTURES, case_of, describe
-from dinat_kernels.impl.fused.launch import Launch, architecture
+from dinat_kernels.impl.fused.launch import Launch, gpu_of
 from dinat_kernels.tune import Layer
 from harness import RESULTS, add_device, alone, append, facts, rounded
 from problems import MODELS, Problem, device_named, floor
@@ -34,7 +34,7 @@ def launches(p: Problem, batch: int, device: str) -> list[Launch]:
 
 def estimates(p: Problem, batch: int, found: list[Launch]) -> list[dict]:
     """What aot.py says of kernels that ran; empty where it does not know the GPU."""
-    arch = architecture(found[0].tensors[0].device)
+    arch = gpu_of(found[0].tensors[0].device).arch
     if arch not in ARCHITECTURES:
         return [{} for _ in found]
     compiled = [(launch, next(iter(launch.plan.compiled.values()))) for launch in found]

@@ -11,6 +11,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+from dinat_kernels.geometry import group_length, seeing_range, visible_range
 from dinat_kernels.impl.fused.backward import ENTRIES
 from dinat_kernels.impl.fused.launch import Plan
 from problems import Device
@@ -60,7 +62,7 @@ class Counts(NamedTuple):
     loop_spills: int  # loads and stores of spilled registers inside loops
 
 
-def count(code: list[Instruction], trips: int, images: int, entries: int) -> Counts:
+def count(code: list[Instruction], trips: int, images: float, entries: int) -> Counts:
     """Counts of a kernel: `trips` blocks for each of `images` images, `entries` steps through the table."""
     loops = sorted(((x.target, x.address) for x in code if x.target is not None and x.target < x.address), key=_length)
     products = [x.address for x in code if re.match(MATRIX, x.name)]
@@ -95,12 +97,17 @@ def _holds(loop: tuple[float, float], address: int) -> bool:
     return loop[0] <= address <= loop[1]
 
 
+def steps_of(plan: Plan) -> int:
+    """Times that the innermost loop runs for an image."""
+    if plan.name == "rpb":
+        return 1
+    return plan.constants["BOX"][-1] * (plan.constants["GROUP"] if plan.name == "key" else 1)
+
+
 def counts_of(plan: Plan, code: list[Instruction]) -> Counts:
     constants = plan.constants
     table = math.prod(2 * k - 1 for k in constants["WINDOW"][0::4])
-    blocks = 1 if plan.name == "rpb" else constants["BOX"][-1]
-    blocks *= constants["GROUP"] if plan.name == "key" else 1
-    return count(code, blocks, plan.integers[-1], -(-table // ENTRIES.value))
+    return count(code, steps_of(plan), images_of(plan) / plan.grid[0], -(-table // ENTRIES.value))
 
 
 def programs_per_processor(compiled: Compiled, warps: int, limits: Limits) -> int:
@@ -110,22 +117,46 @@ def programs_per_processor(compiled: Compiled, warps: int, limits: Limits) -> in
     return min(limits.registers // registers, limits.shared // shared, limits.warps // warps, limits.programs)
 
 
-def traffic(plan: Plan, batch: int, tokens: int, size: int) -> tuple[int, int]:
+def images_of(plan: Plan) -> int:
+    """The images of all programs of a launch together."""
+    *_, batch, images = plan.integers
+    return plan.grid[0] // -(-batch // images) * batch
+
+
+def boxes(plan: Plan) -> int:
+    """Positions in the boxes of all tiles of a map: what programs read of the other side, for one head and image."""
+    lengths, dilations = (plan.integers[first : first + 3] for first in (-12, -9))
+    window, tile, total = plan.constants["WINDOW"], plan.constants["TILE"], 1
+    bounds = seeing_range if plan.name == "key" else visible_range
+    for axis, (length, dilation) in enumerate(zip(lengths, dilations, strict=True)):
+        size, stride, causal, _ = window[4 * axis : 4 * axis + 4]
+        rows = 0
+        for group in range(dilation):
+            n = group_length(length, dilation, group)
+            start, end = bounds(np.arange(n), n, size, stride, causal)
+            first = np.arange(0, n, tile[axis])
+            rows += (end[np.minimum(first + tile[axis], n) - 1] - start[first]).sum()
+        total *= int(rows)
+    return total
+
+
+def traffic(plan: Plan, tokens: int, size: int) -> tuple[int, int]:
     """Bytes of DRAM and of L2 cache that a launch moves, of elements of `size` bytes; heads share no keys."""
     constants = plan.constants
-    heads, dim = constants["HEADS"], constants["HEAD_DIM"]
+    *_, heads, batch, _ = plan.integers
     rows, numbers = _UNIQUE[plan.name]
-    whole = plan.constants.get("WHOLE", False)
-    vectors = batch * tokens * heads
-    dram = vectors * ((rows + 2 * whole) * dim * size + 4 * numbers)
-    tile, box = (constants[name] for name in (("BK", "BQ") if plan.name == "key" else ("BQ", "BK")))
-    blocks = 1 if plan.name == "rpb" else constants["BOX"][-1]
-    own, others = {"forward": (1, 2), "query": (3, 2), "rpb": (2, 2), "key": (2, 2)}[plan.name]
-    stores = {"forward": 1, "query": 1 + 2 * whole, "rpb": 0, "key": 2}[plan.name]
-    loads = own * tile + others * box * blocks
-    scalars = 2 * box * blocks if plan.name == "key" else 2 * tile
-    programs = plan.grid[0] * plan.integers[-1]
-    return dram, programs * (loads * dim * size + 4 * scalars) + stores * vectors * dim * size
+    whole = constants.get("WHOLE", False)
+    vectors, vector = batch * tokens * heads, constants["HEAD_DIM"] * size
+    dram = vectors * ((rows + 2 * whole) * vector + 4 * numbers)
+    others = batch * heads * boxes(plan)
+    own = vectors * (constants["BOX"][-1] if plan.name == "rpb" else 1)  # of a program for each block
+    loads, scalars, stores = {
+        "forward": (own + 2 * others, vectors, 1),
+        "query": (3 * own + 2 * others, 2 * own, 1 + 2 * whole),
+        "rpb": (2 * own + 2 * others, 2 * own, 0),
+        "key": (2 * own + 2 * others, 2 * others, 2),
+    }[plan.name]
+    return dram, (loads + stores * vectors) * vector + 4 * scalars
 
 
 def estimate(
@@ -144,8 +175,7 @@ def estimate(
     total, binds = busy, max(times, key=times.get)
     if not counts.in_flight:
         # A program alternates between waiting and working; of P programs on a processor, P - 1 work while one waits.
-        steps = plan.constants["BOX"][-1] if plan.name != "rpb" else 1
-        rounds = plan.grid[0] * plan.integers[-1] * steps / resident
+        rounds = images_of(plan) * steps_of(plan) / resident
         waiting = rounds * LATENCY + busy * device.processors / resident
         if waiting > busy:
             total, binds = waiting, "latency"

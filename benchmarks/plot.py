@@ -3,8 +3,9 @@
     PYTHONPATH=.:kernels python benchmarks/plot.py                          # the machine of the last row
     PYTHONPATH=.:kernels python benchmarks/plot.py --device "NVIDIA H100"   # or another: any part of its name
 
-The pictures carry a digest of these rows.
+The pictures carry a digest of their rows.
 
+paper.png: what aot.csv estimates of the kernels, for the layers of DiNAT-Tiny; no measurement.
 scale.png: time per token against the size of the map, of the operator and of a whole model.
 layers.png: speed-up of the operator over its peers, for each layer of DiNAT-Tiny.
 throughput.png: measured throughput against the accuracy that each model's authors published.
@@ -138,6 +139,41 @@ def draw_layers(operator: list[Row]) -> Figure:
     return figure
 
 
+RESOURCES = {  # column -> label, color
+    "dram_us": ("bytes of DRAM", "#0072b2"),
+    "l2_us": ("bytes of the L2 cache", "#e69f00"),
+    "issue_us": ("instructions", "#009e73"),
+    "exp2_us": ("exponentials", "#cc79a7"),
+}
+
+
+def draw_paper(aot: list[Row]) -> Figure:
+    """Bars: what each resource would need for the kernels of a layer; black lines: the floor, and the estimate."""
+    problems = MODELS["dinat_tiny"]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    for axis, mode in zip(axes, ("forward", "backward"), strict=True):
+        for x, p in enumerate(problems):
+            rows = [
+                row for row in aot if row["problem"] == p.name and (row["kernel"] == "forward") == (mode == "forward")
+            ]
+            for i, (column, (label, color)) in enumerate(RESOURCES.items()):
+                height = sum(float(row[column]) for row in rows)
+                axis.bar(x + 0.19 * (i - 1.5), height, 0.18, color=color, label=label if x == 0 else None)
+            floor, estimate = float(rows[0]["floor_us"]), sum(float(row["time_us"]) for row in rows)
+            axis.hlines(floor, x - 0.42, x + 0.42, color="black", linestyle=":", label=None if x else "floor")
+            axis.hlines(estimate, x - 0.42, x + 0.42, color="black", label=None if x else "estimate")
+            axis.text(x, estimate, f"{floor / estimate:.2f}", ha="center", va="bottom", fontsize=8)
+        axis.set_xticks(range(len(problems)), [f"{p.side} x {p.side}\nd = {p.dilation}" for p in problems])
+        axis.set_title(f"{mode} pass", fontsize=10)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("µs, batch 128, bf16")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    figure.suptitle(
+        "An estimate from compiled code for an H200; nothing here was measured. Numbers: floor / estimate.", fontsize=10
+    )
+    return figure
+
+
 def draw_throughput(models: list[Row]) -> Figure:
     """Images per second of a whole model against its published accuracy."""
     published = json.loads(gzip.decompress((ROOT / "tests" / "golden" / "published.json.gz").read_bytes()))["models"]
@@ -173,13 +209,15 @@ def main(arguments: list[str] | None = None) -> None:
     tables = {name: read(args.results / f"{name}.csv") for name in ("operator", "models", "scale")}
     device = args.device or tables["operator"][-1]["device"]
     operator, models, scale = ([row for row in rows if device in row["device"]] for rows in tables.values())
-    digest = hashlib.sha256(repr((operator, models, scale)).encode()).hexdigest()
+    aot = [row for row in read(args.results / "aot.csv") if row["arch"] == "sm_90" and row["time_us"]]
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, figure in {
-        "scale": draw_scale(operator, scale),
-        "layers": draw_layers(operator),
-        "throughput": draw_throughput(models),
-    }.items():
+    for name, draw, *rows in (
+        ("scale", draw_scale, operator, scale),
+        ("layers", draw_layers, operator),
+        ("throughput", draw_throughput, models),
+        ("paper", draw_paper, aot),
+    ):
+        digest, figure = hashlib.sha256(repr(rows).encode()).hexdigest(), draw(*rows)
         figure.savefig(args.output / f"{name}.png", dpi=110, metadata={"Software": None, "Source": digest})
         plt.close(figure)
 

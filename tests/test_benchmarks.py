@@ -94,7 +94,7 @@ def test_compare(capsys):
 def test_pictures_are_of_the_committed_rows(tmp_path):
     """In a process of its own, as in the README. Pixels differ between releases of matplotlib; the digest does not."""
     subprocess.run([sys.executable, ROOT / "benchmarks" / "plot.py", "--output", tmp_path], check=True)
-    for name in ("scale.png", "layers.png", "throughput.png"):
+    for name in ("scale.png", "layers.png", "throughput.png", "paper.png"):
         drawn, committed = (Image.open(folder / name).info["Source"] for folder in (tmp_path, ROOT / "docs" / "images"))
         assert drawn == committed, "run benchmarks/plot.py"
 
@@ -266,3 +266,26 @@ def test_programs_of_a_multiprocessor():
     limits = paper.Limits(227 << 10, 228 << 10)
     assert paper.programs_per_processor(paper.Compiled(168, 0, 39834, []), 2, limits) == 5  # shared memory
     assert paper.programs_per_processor(paper.Compiled(255, 0, 1024, []), 4, limits) == 2  # registers
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_layers_of_a_model_share_kernels():
+    """All that a training step of DiNAT-Tiny compiles, and two halo layers that differ in sizes alone."""
+    aot = importlib.import_module("aot")
+    layers = [case for case in aot.cases() if case.layer is not None]
+    keys = [{aot.key(launch) for launch in case.launches("sm_90")} for case in layers]
+    assert len(set.union(*keys)) <= 8
+    assert keys[0] == keys[2]
+    assert layers[0].layer.side == 2 * layers[2].layer.side
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_bytes_that_programs_read():
+    """A map of 7x7 by hand: windows of 3, tiles of 4x4 and of what is left; keys 0 to 4 and 3 to 6 on each axis."""
+    aot, paper = (importlib.import_module(name) for name in ("aot", "paper"))
+    case = aot.Case("small", (7, 7), dict(kernel_size=3), heads=2, batch=5)
+    forward, *_ = case.launches("sm_90")
+    assert forward.plan.constants["TILE"][:3] == (1, 4, 4)
+    assert paper.boxes(forward.plan) == (5 + 4) ** 2
+    rows = 5 * 2 * (49 + 2 * 81 + 49)  # queries, keys and values, results
+    assert paper.traffic(forward.plan, 49, 2)[1] == rows * 64 + 4 * 5 * 2 * 49

@@ -84,7 +84,7 @@ def draw_heads(heads: Sequence[Head]) -> Figure:
     figure = Figure(figsize=(6.4 * 2, 3.2 * math.ceil(len(shown) / 2)), layout="constrained")
     grid = figure.subplots(math.ceil(len(shown) / 2), 2, squeeze=False).flat
     levels = list(dict.fromkeys(head.block.split(".")[0] for head in heads))
-    for (name, label), axis in zip(shown.items(), grid, strict=False):  # takes no axis more than it needs
+    for axis, (name, label) in zip(grid, shown.items(), strict=False):
         for i, block in enumerate(names):
             values = [getattr(head, name) for head in heads if head.block == block]
             level = levels.index(block.split(".")[0])
@@ -95,7 +95,7 @@ def draw_heads(heads: Sequence[Head]) -> Figure:
         axis.set(xlabel="block", ylabel=label)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
         axis.grid(axis="y", alpha=0.3)
-    for axis in grid:
+    for axis in list(grid):
         axis.set_axis_off()
     return figure
 

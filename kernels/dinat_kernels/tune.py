@@ -25,7 +25,7 @@ from .impl.layout import Call, layout_of
 
 if TYPE_CHECKING:  # `dinat_kernels` itself must import without Triton
     from .impl.fused.configs import Config, ProblemClass
-    from .impl.fused.launch import Launch
+    from .impl.fused.launch import Gpu, Launch
 
 DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32)
 # Class of a configuration -> kernels that it may change the time of.
@@ -43,7 +43,7 @@ class Layer(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     rpb_dtype: torch.dtype = torch.float32
 
-    def launches(self, batch: int, device: str, arch: str | None = None) -> list[Launch]:
+    def launches(self, batch: int, device: str, gpu: Gpu | None = None) -> list[Launch]:
         """As `launches`, with inputs as a layer has them: views of one packed projection."""
         packed = torch.randn(
             batch, self.side, self.side, 3, self.heads, self.head_dim, device=device, dtype=self.dtype
@@ -51,7 +51,7 @@ class Layer(NamedTuple):
         table = (self.heads, *[2 * self.kernel_size - 1] * 2)
         rpb = torch.randn(table, device=device).to(self.rpb_dtype)
         d_out = torch.randn_like(packed[0], memory_format=torch.contiguous_format)
-        return launches(*packed, rpb, d_out, make_neighborhood(2, self.kernel_size, self.dilation), arch)
+        return launches(*packed, rpb, d_out, make_neighborhood(2, self.kernel_size, self.dilation), gpu)
 
 
 def launches(
@@ -61,14 +61,14 @@ def launches(
     rpb: Tensor | None,
     d_out: Tensor,
     window: Neighborhood,
-    arch: str | None = None,
+    gpu: Gpu | None = None,
 ) -> list[Launch]:
     """The kernels of a forward and a backward pass: launched in this order, they are these passes.
 
     The gradients lie beside each other, as those of a packed projection.
 
     Args:
-        arch: of the GPU to prepare for, where tensors are on the device "meta".
+        gpu: which to prepare for, where tensors are on the device "meta".
     """
     from .impl import fused
 
@@ -83,14 +83,14 @@ def launches(
         out, lse = fused.prepare(call)(query, key, value, rpb)
         fused.attention_backward(d_out, None, query, key, value, rpb, out, lse, window, scale, grads)
 
-    return fused.launch.recorded(passes, arch)
+    return fused.launch.recorded(passes, gpu)
 
 
 def candidates(shipped: Config) -> list[Config]:
     """The shipped configuration, and those that differ from it in one number by one step."""
 
     def neighbors() -> Iterator[Config]:
-        for field, least, most in (("tile", 16, 64), ("block", 16, 256), ("num_warps", 1, 16)):
+        for field, least, most in (("tile", 16, 64), ("block", 16, 256), ("num_warps", 1, 16), ("programs", 1, 16)):
             for value in (getattr(shipped, field) // 2, 2 * getattr(shipped, field)):
                 if least <= value <= most:
                     yield shipped._replace(**{field: value})
@@ -107,7 +107,7 @@ class Trial(NamedTuple):
     error: str
 
 
-def class_of(launch: Launch, arch: str) -> ProblemClass:
+def class_of(launch: Launch, gpu: Gpu) -> ProblemClass:
     """The class whose configuration a launch has."""
     from .impl.fused.configs import ProblemClass
 
@@ -115,29 +115,29 @@ def class_of(launch: Launch, arch: str) -> ProblemClass:
     window = constants["WINDOW"]
     kernel = "query" if launch.plan.name == "rpb" else launch.plan.name
     bits, dim = 8 * launch.tensors[0].element_size(), max(constants["BD"], constants["BV"])
-    return ProblemClass(kernel, arch, bits, dim, all(window[3::4]), math.prod(window[0::4]))
+    return ProblemClass(kernel, gpu.arch, bits, dim, launch.plan.extent, math.prod(window[0::4]))
 
 
 def trials(
-    layer: Layer, batch: int, device: str, seconds: Callable[[Launch], float], arch: str | None = None
+    layer: Layer, batch: int, device: str, seconds: Callable[[Launch], float], gpu: Gpu | None = None
 ) -> Iterator[list[Trial]]:
     """Tries the candidates of each class that a layer's kernels belong to; the fastest is used from then on.
 
     Args:
         seconds: how long a launch takes.
-        arch: as in `launches`.
+        gpu: as in `launches`.
     """
     from .impl.fused import launch
     from .impl.fused.configs import shipped, user_configs
 
-    arch = arch or launch.architecture(torch.device(device))
-    for problem in dict.fromkeys(class_of(x, arch) for x in layer.launches(batch, device, arch)):
+    gpu = gpu or launch.gpu_of(torch.device(device))
+    for problem in dict.fromkeys(class_of(x, gpu) for x in layer.launches(batch, device, gpu)):
         tried = []
         for config in candidates(shipped(problem)):
             user_configs()[str(problem)] = config
             launch.forget_plans()
             try:
-                found = layer.launches(batch, device, arch)
+                found = layer.launches(batch, device, gpu)
                 if device != "meta":
                     for one in found:  # so that what is timed reads what it should
                         one()

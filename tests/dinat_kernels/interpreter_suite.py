@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dinat_kernels import backends, na1d, na2d, na3d, tune
+from dinat_kernels import backends, impl, na1d, na2d, na3d, tune
 from dinat_kernels.functional import attend
 from dinat_kernels.geometry import Neighborhood, make_neighborhood
 from dinat_kernels.impl import fused
@@ -148,15 +148,30 @@ INVERSE = {
 
 @pytest.mark.parametrize("name", INVERSE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_inverse_windows(name, dtype, monkeypatch):
-    monkeypatch.setattr(fused.launch, "_PROGRAMS", 1)  # several images in a program
-    fused.launch.forget_plans()
+def test_inverse_windows(name, dtype):
     shape, *axes = INVERSE[name]
     window = dict(zip(("kernel_size", "dilation", "stride", "is_causal"), axes, strict=True))
     rpb = not any(window["is_causal"])
     problem = dict(rank=len(shape) - 1, shape=shape, head_dim=8, value_dim=8, window=window, dtype=dtype, rpb=rpb)
     compare(PLAIN | problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_halves(dtype, monkeypatch):
+    """Groups of two windows: a tile is as large as a window; those of keys have several blocks of queries."""
+    bits = torch.finfo(dtype).bits
+    rows = dict(forward=configs.Config(16, 64, 4, 1), query=configs.Config(16, 64, 4, 1))
+    rows |= dict(key=configs.Config(16, 32, 4, 1))
+    classes = {str(configs.ProblemClass(k, "interpreter", bits, 16, "halves", 16)): row for k, row in rows.items()}
+    monkeypatch.setattr(configs, "user_configs", lambda: classes)
     fused.launch.forget_plans()
+    plans, make_plan = [], fused.launch.make_plan
+    monkeypatch.setattr(fused.launch, "_plan", lambda *args: plans.append(make_plan(*args)) or plans[-1])
+    window = dict(kernel_size=[4, 4])
+    compare(PLAIN | dict(rank=2, shape=(2, 8, 8), head_dim=8, value_dim=8, window=window, dtype=dtype))
+    assert {plan.extent for plan in plans} == {"halves"}
+    assert {plan.constants["TILE"][:3] for plan in plans} == {(1, 4, 4)}
+    assert all(plan.constants["BOX"][-1] > 1 for plan in plans if plan.name == "key")
 
 
 def test_transposed_maps_are_read_in_place():
@@ -244,6 +259,17 @@ def test_what_is_not_covered_is_refused():
         na1d(x, x, x, 3, backend="triton")
 
 
+def test_an_interpreter_that_fails_with_numpy_is_refused(monkeypatch):
+    installed = dict(triton="3.6.0", numpy="2.4.0rc1")
+    monkeypatch.setattr(impl.metadata, "version", installed.get)
+    monkeypatch.setattr(impl, "uninterpretable", impl.uninterpretable.__wrapped__)  # not what it was before
+    x = torch.randn(1, 8, 1, 8)
+    with pytest.raises(RuntimeError, match=r"interpreter of Triton before 3\.7 needs NumPy before 2\.4"):
+        na1d(x, x, x, 3, backend="triton")
+    installed["triton"] = "3.10.0+git"
+    assert impl.unavailable("triton", x.device) is None
+
+
 def test_a_tangent_is_refused():
     """Kernels would lose it in silence."""
     x, direction = torch.randn(2, 1, 8, 1, 8)
@@ -263,12 +289,31 @@ def test_plans():
         shape = (1, *size, 4, 32)  # 2**7 elements a token
         layouts = ((shape, torch.empty(shape, device="meta").stride()),) * 3
         window = make_neighborhood(2, 7)
-        plan = fused.launch.make_plan("forward", layouts, torch.float16, "sm_90", window, False, 1, "ieee")
+        gpu = fused.launch.Gpu("sm_90", 132)
+        plan = fused.launch.make_plan("forward", layouts, torch.float16, gpu, window, False, 1, "ieee")
         return plan.constants["WIDE"]
 
     assert (is_wide(4096, 4096), is_wide(4096, 4095)) == (True, False)  # 2**31 elements, and 2**19 less
-    images = fused.launch.images_per_program  # a divisor of the batch, 16 at most, with 2048 programs left
-    assert [images(6, 4096), images(8, 256), images(64, 2048), images(8, 1024)] == [2, 1, 16, 4]
+    images = fused.launch.images_per_program
+    assert images(1, 8, 100, 1) == 1
+    assert images(64, 8, 16, 1) == 32  # two parts fill the GPU, and take the time of 4 + 32 images
+    assert images(64, 8, 23, 1) == 13  # five fill it almost twice: 2 * (4 + 13)
+    assert images(127, 16, 16, 1) == 64  # at most, and then 63
+    assert images(25, 100, 400, 1) == 7  # 7, 7, 7, 4
+
+
+# Batches that no number of programs divides: the last one does the rest.
+@pytest.mark.parametrize(("batch", "size"), [(n, (2, 7)) for n in (1, 3, 25)] + [(25, (3, 3)), (127, (3, 3))])
+def test_batches(batch, size, monkeypatch):
+    choose = fused.launch.images_per_program
+    chosen = []
+    monkeypatch.setattr(
+        fused.launch, "images_per_program", lambda *args: chosen.append((args[0], choose(*args))) or chosen[-1][1]
+    )
+    fused.launch.forget_plans()
+    window = dict(kernel_size=[min(3, n) for n in size])
+    compare(PLAIN | dict(rank=2, shape=(batch, *size), head_dim=8, value_dim=8, window=window))
+    assert any(n % images for n, images in chosen) == (batch in (25, 127))
 
 
 @pytest.mark.parametrize("allowed", ["tf32", "ieee"])
@@ -285,15 +330,15 @@ def test_precision_is_what_pytorch_is_set_to(allowed):
 def test_tune(monkeypatch, tmp_path):
     """The fastest configuration of each class of problems is kept, at once, and used from then on."""
     forward, query, halo = (
-        configs.ProblemClass(kernel, "sm_90", 32, 16, dense, 9)
-        for kernel, dense in (("forward", True), ("query", True), ("forward", False))
+        configs.ProblemClass(kernel, "sm_90", 32, 16, extent, 9)
+        for kernel, extent in (("forward", "dense"), ("query", "dense"), ("forward", "halo"))
     )
     slow = configs.Config(16, 32, 1, 1)
     (tmp_path / "tuned.json").write_text(json.dumps({str(forward): slow, "forward/sm_80": slow}))
     monkeypatch.setenv("DINAT_TUNE_FILE", str(tmp_path / "tuned.json"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     configs.user_configs.cache_clear()
-    trials, tried = tune.trials, []
+    trials, tried, gpu = tune.trials, [], fused.launch.Gpu("sm_90", 132)
 
     def seconds(launch) -> float:
         """Three stages are fastest, eight warps do not run, and halos are interrupted."""
@@ -305,7 +350,7 @@ def test_tune(monkeypatch, tmp_path):
         return 4 - launch.plan.options["num_stages"]
 
     monkeypatch.setattr(tune, "on_gpu", seconds)
-    monkeypatch.setattr(tune, "trials", lambda layer, batch, _, time: trials(layer, batch, "meta", time, "sm_90"))
+    monkeypatch.setattr(tune, "trials", lambda layer, batch, _, time: trials(layer, batch, "meta", time, gpu))
     with pytest.raises(KeyboardInterrupt):
         tune.main(["--dtype", "float32", "--head-dim", "8", "--kernel-size", "3", "--batch", "1"])
     tuned = json.loads((tmp_path / "tuned.json").read_text())

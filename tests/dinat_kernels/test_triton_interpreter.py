@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from dinat_kernels.impl import uninterpretable
+
+WHY_NOT = uninterpretable() if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 def test_kernels_in_the_interpreter():
     suite = Path(__file__).with_name("interpreter_suite.py")
     # One thread: the interpreter's many small NumPy operations only get slower with more.

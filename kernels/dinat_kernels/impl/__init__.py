@@ -36,7 +36,7 @@ def _interpreting() -> bool:
 
 
 @cache
-def _uninterpretable() -> str | None:
+def uninterpretable() -> str | None:
     """Why Triton's interpreter does not work with the NumPy that is installed, or None if it does."""
     triton, numpy = (tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
     if triton < (3, 7) and numpy >= (2, 4):
@@ -50,8 +50,8 @@ def unavailable(backend: str, device: torch.device | None = None) -> str | None:
         return None
     if not _triton_installed():
         return "the package triton is not installed"
-    if _interpreting() and _uninterpretable():
-        return _uninterpretable()
+    if _interpreting() and uninterpretable():
+        return uninterpretable()
     if device is None:
         return None if torch.cuda.is_available() or _interpreting() else "no CUDA or ROCm device"
     if device.type == "cuda" or (device.type == "cpu" and _interpreting()):

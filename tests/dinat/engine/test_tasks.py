@@ -331,8 +331,8 @@ def test_a_run_is_exported_for_one_size(run, tmp_path, monkeypatch, capsys):
 
 
 def test_boxes_alone_need_a_model_without_masks(scenes, tmp_path):
-    """Two images of one box each: refused before anything starts; without mask heads, trained, scored and tested."""
-    for split in ("train", "validation", "test"):
+    """Two images of one box each: refused before anything starts; without mask heads, trained and scored."""
+    for split in ("train", "validation"):
         images = [{"id": index, "file_name": f"{index}.png", "height": 32, "width": 32} for index in range(2)]
         boxes = [{"id": index, "image_id": index, "category_id": 1, "bbox": [4, 4, 20, 16]} for index in range(2)]
         content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "ant"}]}
@@ -346,11 +346,8 @@ def test_boxes_alone_need_a_model_without_masks(scenes, tmp_path):
     ):
         train(scenes("detection", *settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    train(scenes("detection", *settings, "++model.kwargs.masks=false", "data.test_split=test"), tmp_path / "run")
-    (tested,) = csv.DictReader((tmp_path / "run" / "test.csv").open())
+    train(scenes("detection", *settings, "++model.kwargs.masks=false"), tmp_path / "run")
     (row,) = csv.DictReader((tmp_path / "run" / "summary.csv").open())
     assert float(row["val_box_ap"]) >= 0
-    assert float(tested["box_ap"]) == pytest.approx(float(row["val_box_ap"]), abs=1e-3)  # the images are the same
-    assert tested["count"] == "2"
     assert row.get("val_mask_ap", "") == ""
     assert ", 1 updates (1 per epoch) of 2 images" in (tmp_path / "run" / "train.log").read_text()

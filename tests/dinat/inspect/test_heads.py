@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from dinat.errors import UserError
 from dinat.inspect import attention, blocks, describe_heads
-from dinat.inspect.pictures import draw_heads
 
 # Sums of the distances from a token of 3 x 3 to all of them, in tokens.
 MIDDLE = 4 + 4 * math.sqrt(2)
@@ -109,11 +108,6 @@ def test_rows_of_a_table(model):
     row = describe_heads(model, [torch.randn(1, 3, 8, 8)])[0].row()
     assert list(row) == ["block", "head", "distance", "entropy", "divergence", "importance", "ring0", "ring1", "ring2"]
     assert sum(row[f"ring{i}"] for i in range(3)) == pytest.approx(1)
-
-
-def test_picture_without_importance(model):
-    figure = draw_heads(describe_heads(model, [torch.randn(1, 3, 8, 8)], "none"))
-    assert [axis.axison for axis in figure.axes] == [True, True, True, False]
 
 
 def test_bad_input(model):

@@ -25,7 +25,7 @@ def within(x, n):
     return x.to(tl.uint32) < n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=at.SIZES)
 def query_kernel(
     p_q,  # (batch, L_d, L_h, L_w, heads, head_dim), strides in elements below, the last one 1
     p_k,  # (batch, L_d, L_h, L_w, heads / GROUP, head_dim)
@@ -36,7 +36,7 @@ def query_kernel(
     p_lse,  # (batch, L_d, L_h, L_w, heads), float32, contiguous
     p_dlse,  # as lse; unused without HAS_DLSE
     p_delta,  # as lse; written if GRAD_QUERY and not WHOLE, read if not GRAD_QUERY
-    p_dq,  # as q, but contiguous, in ROWS; written if GRAD_QUERY
+    p_dq,  # as q, but contiguous but for its row; written if GRAD_QUERY
     p_dk,  # as k, likewise; written if WHOLE
     p_dv,  # as v, likewise; written if WHOLE
     p_drpb,  # (programs, 2 K_d - 1, 2 K_h - 1, 2 K_w - 1), float32; written if GRAD_RPB
@@ -61,6 +61,9 @@ def query_kernel(
     do_h,
     do_w,
     do_head,
+    dq_row,  # elements from one token to the next
+    dk_row,
+    dv_row,
     L_d,
     L_h,
     L_w,
@@ -70,8 +73,9 @@ def query_kernel(
     tiles_d,  # tiles of the longest dilation group
     tiles_h,
     tiles_w,
-    images,  # of a program, which does the same tile of each
-    HEADS: tl.constexpr,
+    heads,
+    batch,
+    images,  # of a program, at most, which does the same tile of each
     GROUP: tl.constexpr,  # query heads per key head
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -86,7 +90,6 @@ def query_kernel(
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
     WIDE: tl.constexpr,  # offsets within one image need 64 bits
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,  # elements from the dq, dk and dv of one token to those of the next
     HAS_DLSE: tl.constexpr,
     GRAD_QUERY: tl.constexpr,
     GRAD_RPB: tl.constexpr,
@@ -100,7 +103,7 @@ def query_kernel(
     BLOCKS: tl.constexpr = BOX[5]
     lengths, dilation, tiles = (L_d, L_h, L_w), (dilation_d, dilation_h, dilation_w), (tiles_d, tiles_h, tiles_w)
     i = tl.program_id(0)
-    i_head, i = (i % HEADS).to(tl.int64), i // HEADS
+    i_head, i = (i % heads).to(tl.int64), i // heads
     first_block = 0
     if not GRAD_QUERY:
         first_block, i = i % BLOCKS, i // BLOCKS
@@ -110,33 +113,33 @@ def query_kernel(
         return
     q_pos, m_q = at.block(tl.arange(0, BQ), 0, first, n, TILE)
     q_index = at.tokens(q_pos, dilation, group, WIDE)
-    lo = at.first_keys(first, n, WINDOW)
+    lo, hi = at.first_keys(first, n, WINDOW), at.end_of_keys(first, n, TILE, WINDOW)
     TABLE: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[4] - 1) * (2 * WINDOW[8] - 1)
     p_rpb += i_head * TABLE
     HOISTED: tl.constexpr = BLOCKS == 1 or not GRAD_QUERY
     if HOISTED:
-        k_index, b_bias = at.key_block(
-            first_block, lo, q_pos, m_q, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
+        k_index, m_k, b_bias = at.key_block(
+            first_block, lo, hi, q_pos, m_q, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
         )
     if GRAD_RPB:
         b_drpb = tl.zeros([BQ, BK], tl.float32)
 
     o_q, o_do = at.offsets(q_index, (q_d, q_h, q_w)), at.offsets(q_index, (do_d, do_h, do_w))
     o_token = at.flat(q_index, lengths)
-    o_out = o_token * HEADS
+    o_out = o_token * heads
     p_q += i_head * q_head
     p_k += i_head // GROUP * k_head
     p_v += i_head // GROUP * v_head
     p_do += i_head * do_head
-    for i_image in range(images):
-        i_batch = (i * images + i_image).to(tl.int64)
+    for i_image in range(i * images, tl.minimum((i + 1) * images, batch)):
+        i_batch = tl.cast(i_image, tl.int64)
         i_token = i_batch * (L_d * L_h * L_w)
-        i_out = i_token * HEADS + i_head
-        b_q = at.signed(at.load(p_q + i_batch * q_batch, o_q, HEAD_DIM, BD), SIGN)  # (BQ, BD)
-        b_do = at.load(p_do + i_batch * do_batch, o_do, VALUE_DIM, BV)  # (BQ, BV)
+        i_out = i_token * heads + i_head
+        b_q = at.signed(at.load(p_q + i_batch * q_batch, o_q, m_q, HEAD_DIM, BD), SIGN)  # (BQ, BD)
+        b_do = at.load(p_do + i_batch * do_batch, o_do, m_q, VALUE_DIM, BV)  # (BQ, BV)
         b_lse = tl.load(p_lse + i_out + o_out) * LOG2E
         if GRAD_QUERY:
-            b_out = at.load(p_out + i_out * VALUE_DIM, o_out * VALUE_DIM, VALUE_DIM, BV)
+            b_out = at.load(p_out + i_out * VALUE_DIM, o_out * VALUE_DIM, m_q, VALUE_DIM, BV)
             b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
             if HAS_DLSE:
                 b_delta -= tl.load(p_dlse + i_out + o_out)
@@ -147,20 +150,19 @@ def query_kernel(
         b_dq = tl.zeros([BQ, BD], tl.float32)
         for i_block in range(BLOCKS if GRAD_QUERY else 1):
             if not HOISTED:
-                k_index, b_bias = at.key_block(
-                    i_block, lo, q_pos, m_q, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
+                k_index, m_k, b_bias = at.key_block(
+                    i_block, lo, hi, q_pos, m_q, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
                 )
             o_k, o_v = at.offsets(k_index, (k_d, k_h, k_w)), at.offsets(k_index, (v_d, v_h, v_w))
-            b_k = at.load(p_k + i_batch * k_batch, o_k, HEAD_DIM, BD)  # (BK, BD)
-            b_v = at.load(p_v + i_batch * v_batch, o_v, VALUE_DIM, BV)  # (BK, BV)
+            b_k = at.load(p_k + i_batch * k_batch, o_k, m_k, HEAD_DIM, BD)  # (BK, BD)
+            b_v = at.load(p_v + i_batch * v_batch, o_v, m_k, VALUE_DIM, BV)  # (BK, BV)
             b_logit = tl.dot(b_q, tl.trans(b_k), b_bias, input_precision=PRECISION)  # (BQ, BK), in units of scale
             b_weight = tl.exp2(b_logit * (scale * LOG2E) - b_lse[:, None])
             if WHOLE:
-                _, m_k = at.block(tl.arange(0, BK), 0, lo, n, BOX)
                 o_key = at.flat(k_index, lengths)
                 b_dv = tl.dot(tl.trans(b_weight.to(b_do.dtype)), b_do, input_precision=PRECISION)  # (BK, BV)
-                i_dv = i_token * ROWS[2] + i_head * VALUE_DIM
-                at.store(p_dv + i_dv, o_key * ROWS[2], b_dv, m_k, VALUE_DIM, BV)
+                i_dv = i_token * dv_row + i_head * VALUE_DIM
+                at.store(p_dv + i_dv, o_key * dv_row, b_dv, m_k, VALUE_DIM, BV)
             b_dlogit = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
             b_dlogit = b_weight * (b_dlogit - b_delta[:, None])
             if GRAD_RPB:
@@ -168,13 +170,13 @@ def query_kernel(
             b_dlogit = b_dlogit.to(b_k.dtype)
             if WHOLE:
                 b_dk = tl.dot(tl.trans(b_dlogit), b_q, input_precision=PRECISION)  # (BK, BD)
-                i_dk = i_token * ROWS[1] + i_head * HEAD_DIM
-                at.store(p_dk + i_dk, o_key * ROWS[1], b_dk * scale, m_k, HEAD_DIM, BD)
+                i_dk = i_token * dk_row + i_head * HEAD_DIM
+                at.store(p_dk + i_dk, o_key * dk_row, b_dk * scale, m_k, HEAD_DIM, BD)
             if GRAD_QUERY:
                 b_dq = tl.dot(b_dlogit, b_k, b_dq, input_precision=PRECISION)
         if GRAD_QUERY:
-            i_dq = i_token * ROWS[0] + i_head * HEAD_DIM
-            at.store(p_dq + i_dq, o_token * ROWS[0], b_dq * (scale * SIGN), m_q, HEAD_DIM, BD)
+            i_dq = i_token * dq_row + i_head * HEAD_DIM
+            at.store(p_dq + i_dq, o_token * dq_row, b_dq * (scale * SIGN), m_q, HEAD_DIM, BD)
 
     if GRAD_RPB:
         # An entry of the table is one key of every query, at most: so many steps from the first key of the box.
@@ -205,7 +207,7 @@ def query_kernel(
             tl.store(p_drpb + entry, tl.sum(tl.where(m, b, 0.0), 1), mask=entry < TABLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=at.SIZES)
 def key_kernel(
     p_q,  # (batch, L_d, L_h, L_w, heads, head_dim), strides in elements below, the last one 1
     p_k,  # (batch, L_d, L_h, L_w, heads / GROUP, head_dim)
@@ -214,7 +216,7 @@ def key_kernel(
     p_do,  # (batch, L_d, L_h, L_w, heads, value_dim), strides as above
     p_lse,  # (batch, L_d, L_h, L_w, heads), float32, contiguous
     p_delta,  # as lse
-    p_dk,  # as k, but contiguous, in ROWS
+    p_dk,  # as k, but contiguous but for its row
     p_dv,  # as v, likewise
     scale,  # magnitude of the scale; 1.0 if it is zero
     q_batch,
@@ -237,6 +239,8 @@ def key_kernel(
     do_h,
     do_w,
     do_head,
+    dk_row,  # elements from one token to the next
+    dv_row,
     L_d,
     L_h,
     L_w,
@@ -246,8 +250,9 @@ def key_kernel(
     tiles_d,  # tiles of the longest dilation group
     tiles_h,
     tiles_w,
-    images,  # of a program, which does the same tile of each
-    HEADS: tl.constexpr,
+    heads,
+    batch,
+    images,  # of a program, at most, which does the same tile of each
     GROUP: tl.constexpr,  # query heads per key head
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -262,7 +267,6 @@ def key_kernel(
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
     WIDE: tl.constexpr,  # offsets within one image need 64 bits
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,  # elements from the dq, dk and dv of one token to those of the next
 ):
     """One program: the keys of one tile of one dilation group, of one key head, in some images.
 
@@ -270,45 +274,45 @@ def key_kernel(
     """
     BLOCKS: tl.constexpr = BOX[5]
     lengths, dilation, tiles = (L_d, L_h, L_w), (dilation_d, dilation_h, dilation_w), (tiles_d, tiles_h, tiles_w)
-    KV_HEADS: tl.constexpr = HEADS // GROUP
+    kv_heads = heads // GROUP
     i = tl.program_id(0)
-    i_kv, i = (i % KV_HEADS).to(tl.int64), i // KV_HEADS
+    i_kv, i = (i % kv_heads).to(tl.int64), i // kv_heads
     first, group, i = at.locate(i, tiles, dilation, TILE)
     n = at.group_lengths(lengths, dilation, group, WINDOW)
     if not at.inside(first, n):  # a shorter group has no tile here
         return
     k_pos, m_k = at.block(tl.arange(0, BK), 0, first, n, TILE)
     k_index = at.tokens(k_pos, dilation, group, WIDE)
-    lo = at.first_queries(first, WINDOW)
+    lo, hi = at.first_queries(first, WINDOW), at.end_of_queries(first, n, TILE, WINDOW)
     TABLE: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[4] - 1) * (2 * WINDOW[8] - 1)
     HOISTED: tl.constexpr = BLOCKS == 1 and GROUP == 1
     if HOISTED:
-        q_index, b_bias = at.query_block(
-            0, lo, k_pos, m_k, n, dilation, group, p_rpb + i_kv * TABLE, scale, WINDOW, BOX, BQ, HAS_RPB, WIDE
+        q_index, m_q, b_bias = at.query_block(
+            0, lo, hi, k_pos, m_k, n, dilation, group, p_rpb + i_kv * TABLE, scale, WINDOW, BOX, BQ, HAS_RPB, WIDE
         )
 
     o_k, o_v = at.offsets(k_index, (k_d, k_h, k_w)), at.offsets(k_index, (v_d, v_h, v_w))
     o_key = at.flat(k_index, lengths)
     p_k += i_kv * k_head
     p_v += i_kv * v_head
-    for i_image in range(images):
-        i_batch = (i * images + i_image).to(tl.int64)
+    for i_image in range(i * images, tl.minimum((i + 1) * images, batch)):
+        i_batch = tl.cast(i_image, tl.int64)
         i_token = i_batch * (L_d * L_h * L_w)
-        b_k = at.signed(at.load(p_k + i_batch * k_batch, o_k, HEAD_DIM, BD), SIGN)  # (BK, BD)
-        b_v = at.load(p_v + i_batch * v_batch, o_v, VALUE_DIM, BV)  # (BK, BV)
+        b_k = at.signed(at.load(p_k + i_batch * k_batch, o_k, m_k, HEAD_DIM, BD), SIGN)  # (BK, BD)
+        b_v = at.load(p_v + i_batch * v_batch, o_v, m_k, VALUE_DIM, BV)  # (BK, BV)
         b_dk = tl.zeros([BK, BD], tl.float32)
         b_dv = tl.zeros([BK, BV], tl.float32)
         for i_block in range(GROUP * BLOCKS):
             i_head = i_kv * GROUP + i_block // BLOCKS
             if not HOISTED:
                 block, p_table = i_block % BLOCKS, p_rpb + i_head * TABLE
-                q_index, b_bias = at.query_block(
-                    block, lo, k_pos, m_k, n, dilation, group, p_table, scale, WINDOW, BOX, BQ, HAS_RPB, WIDE
+                q_index, m_q, b_bias = at.query_block(
+                    block, lo, hi, k_pos, m_k, n, dilation, group, p_table, scale, WINDOW, BOX, BQ, HAS_RPB, WIDE
                 )
             o_q, o_do = at.offsets(q_index, (q_d, q_h, q_w)), at.offsets(q_index, (do_d, do_h, do_w))
-            b_q = at.load(p_q + (i_batch * q_batch + i_head * q_head), o_q, HEAD_DIM, BD)  # (BQ, BD)
-            b_do = at.load(p_do + (i_batch * do_batch + i_head * do_head), o_do, VALUE_DIM, BV)  # (BQ, BV)
-            i_out, o_out = i_token * HEADS + i_head, at.flat(q_index, lengths) * HEADS
+            b_q = at.load(p_q + (i_batch * q_batch + i_head * q_head), o_q, m_q, HEAD_DIM, BD)  # (BQ, BD)
+            b_do = at.load(p_do + (i_batch * do_batch + i_head * do_head), o_do, m_q, VALUE_DIM, BV)  # (BQ, BV)
+            i_out, o_out = i_token * heads + i_head, at.flat(q_index, lengths) * heads
             b_lse = tl.load(p_lse + i_out + o_out) * LOG2E
             b_delta = tl.load(p_delta + i_out + o_out)
             b_logit = tl.dot(b_k, tl.trans(b_q), b_bias, input_precision=PRECISION)  # (BK, BQ), in units of scale
@@ -317,6 +321,6 @@ def key_kernel(
             b_dlogit = b_weight * (b_dlogit - b_delta[None, :])
             b_dv = tl.dot(b_weight.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
             b_dk = tl.dot(b_dlogit.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-        i_dk, i_dv = i_token * ROWS[1] + i_kv * HEAD_DIM, i_token * ROWS[2] + i_kv * VALUE_DIM
-        at.store(p_dk + i_dk, o_key * ROWS[1], b_dk * (scale * SIGN), m_k, HEAD_DIM, BD)
-        at.store(p_dv + i_dv, o_key * ROWS[2], b_dv, m_k, VALUE_DIM, BV)
+        i_dk, i_dv = i_token * dk_row + i_kv * HEAD_DIM, i_token * dv_row + i_kv * VALUE_DIM
+        at.store(p_dk + i_dk, o_key * dk_row, b_dk * (scale * SIGN), m_k, HEAD_DIM, BD)
+        at.store(p_dv + i_dv, o_key * dv_row, b_dv, m_k, VALUE_DIM, BV)

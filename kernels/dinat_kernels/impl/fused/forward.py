@@ -10,7 +10,7 @@ from .positions import LOG2E
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=at.SIZES)
 def forward_kernel(
     p_q,  # (batch, L_d, L_h, L_w, heads, head_dim), strides in elements below, the last one 1
     p_k,  # (batch, L_d, L_h, L_w, heads / GROUP, head_dim)
@@ -43,8 +43,9 @@ def forward_kernel(
     tiles_d,  # tiles of the longest dilation group
     tiles_h,
     tiles_w,
-    images,  # of a program, which does the same tile of each
-    HEADS: tl.constexpr,
+    heads,
+    batch,
+    images,  # of a program, at most, which does the same tile of each
     GROUP: tl.constexpr,  # query heads per key head
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -69,43 +70,43 @@ def forward_kernel(
     BLOCKS: tl.constexpr = BOX[5]
     lengths, dilation, tiles = (L_d, L_h, L_w), (dilation_d, dilation_h, dilation_w), (tiles_d, tiles_h, tiles_w)
     i = tl.program_id(0)
-    i_head, i = (i % HEADS).to(tl.int64), i // HEADS
+    i_head, i = (i % heads).to(tl.int64), i // heads
     first, group, i = at.locate(i, tiles, dilation, TILE)
     n = at.group_lengths(lengths, dilation, group, WINDOW)
     if not at.inside(first, n):  # a shorter group has no tile here
         return
     q_pos, m_q = at.block(tl.arange(0, BQ), 0, first, n, TILE)
     q_index = at.tokens(q_pos, dilation, group, WIDE)
-    lo = at.first_keys(first, n, WINDOW)
+    lo, hi = at.first_keys(first, n, WINDOW), at.end_of_keys(first, n, TILE, WINDOW)
     p_rpb += i_head * ((2 * WINDOW[0] - 1) * (2 * WINDOW[4] - 1) * (2 * WINDOW[8] - 1))
     m_any = tl.full([BQ], True, tl.int1)  # slots without a query of their own compute another one's again
     if BLOCKS == 1:
-        k_index, b_bias = at.key_block(
-            0, lo, q_pos, m_any, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
+        k_index, m_k, b_bias = at.key_block(
+            0, lo, hi, q_pos, m_any, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
         )
 
     # Logits are kept in units of `scale`, which the exponential applies.
     scale_log2 = scale * LOG2E
     o_q = at.offsets(q_index, (q_d, q_h, q_w))
-    o_out = at.flat(q_index, lengths) * HEADS
+    o_out = at.flat(q_index, lengths) * heads
     p_q += i_head * q_head
     p_k += i_head // GROUP * k_head
     p_v += i_head // GROUP * v_head
-    for i_image in range(images):
-        i_batch = (i * images + i_image).to(tl.int64)
-        i_out = i_batch * (L_d * L_h * L_w) * HEADS + i_head
-        b_q = at.signed(at.load(p_q + i_batch * q_batch, o_q, HEAD_DIM, BD), SIGN)  # (BQ, BD)
+    for i_image in range(i * images, tl.minimum((i + 1) * images, batch)):
+        i_batch = tl.cast(i_image, tl.int64)
+        i_out = i_batch * (L_d * L_h * L_w) * heads + i_head
+        b_q = at.signed(at.load(p_q + i_batch * q_batch, o_q, m_q, HEAD_DIM, BD), SIGN)  # (BQ, BD)
         b_max = tl.full([BQ], LOWEST, tl.float32)
         b_sum = tl.zeros([BQ], tl.float32)
         b_out = tl.zeros([BQ, BV], tl.float32)
         for i_block in range(BLOCKS):
             if BLOCKS > 1:
-                k_index, b_bias = at.key_block(
-                    i_block, lo, q_pos, m_any, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
+                k_index, m_k, b_bias = at.key_block(
+                    i_block, lo, hi, q_pos, m_any, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
                 )
             o_k, o_v = at.offsets(k_index, (k_d, k_h, k_w)), at.offsets(k_index, (v_d, v_h, v_w))
-            b_k = at.load(p_k + i_batch * k_batch, o_k, HEAD_DIM, BD)  # (BK, BD)
-            b_v = at.load(p_v + i_batch * v_batch, o_v, VALUE_DIM, BV)  # (BK, BV)
+            b_k = at.load(p_k + i_batch * k_batch, o_k, m_k, HEAD_DIM, BD)  # (BK, BD)
+            b_v = at.load(p_v + i_batch * v_batch, o_v, m_k, VALUE_DIM, BV)  # (BK, BV)
             b_logit = tl.dot(b_q, tl.trans(b_k), b_bias, input_precision=PRECISION)  # (BQ, BK)
             b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
             b_weight = tl.exp2(b_logit * scale_log2 - (b_new_max * scale_log2)[:, None])  # (BQ, BK)

@@ -16,27 +16,46 @@ from torch import Tensor
 from ...geometry import Neighborhood, group_length, seeing_range, visible_range
 from ..layout import Call, Forward, Layout, layout_of, unpacking
 from .backward import key_kernel, query_kernel
-from .configs import ProblemClass, choose, next_power_of_two
+from .configs import Extent, ProblemClass, choose, next_power_of_two
 from .forward import forward_kernel
 
 # What ranks the sizes of blocks, as the counts of benchmarks/aot.py do: what a block costs besides its slots, in slots;
 # and how much more a slot costs if its mask and bias are not worked out once for many images.
 _BLOCK_COST = 12
 _REPEATED = 1.5
-# Programs that fill a GPU; beyond that a program does several images.
-_PROGRAMS = 2048
-_MAX_IMAGES = 16
+# Of a program: what it does before its first image, in blocks; and how many images it does at most.
+_PROLOGUE = 4
+_MAX_IMAGES = 64
 
 Strided = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides of a tensor
+
+
+class Gpu(NamedTuple):
+    """What plans depend on."""
+
+    arch: str  # "sm_90", "gfx942"; "interpreter" for CPU tensors
+    processors: int  # multiprocessors
+
+
+@cache
+def gpu_of(device: torch.device) -> Gpu:
+    """That of a device."""
+    if device.type == "cpu":
+        return Gpu("interpreter", 1)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Gpu(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Gpu(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
 class Plan(NamedTuple):
     """All arguments of a launch that are not tensors."""
 
     name: str  # of the kernel: "forward", "query", "rpb", "key"
+    extent: Extent
     kernel: Callable
     grid: tuple[int, int, int]
-    integers: tuple[int, ...]  # strides of the tensors that have any, then lengths, dilations, tiles, images
+    integers: tuple[int, ...]  # strides and rows of tensors, then lengths, dilations, tiles, heads, batch, images
     constants: dict  # the compile-time arguments of the kernel, in its order
     options: dict  # num_warps, num_stages, enable_fp_fusion
     compiled: dict  # what Triton made of it, by all else that Triton specialises on
@@ -59,35 +78,25 @@ class Launch(NamedTuple):
 
 class _Recording(NamedTuple):
     launches: list[Launch]
-    arch: str | None
+    gpu: Gpu | None
 
 
 _recording: _Recording | None = None
 
 
-def recorded(run: Callable[[], object], arch: str | None = None) -> list[Launch]:
+def recorded(run: Callable[[], object], gpu: Gpu | None = None) -> list[Launch]:
     """The launches of `run`, of which none is made: to be made one by one, or only compiled.
 
     Args:
-        arch: as `architecture`; for tensors of the device "meta", which has none.
+        gpu: that of tensors on the device "meta".
     """
     global _recording
-    _recording = _Recording([], arch)
+    _recording = _Recording([], gpu)
     try:
         run()
         return _recording.launches
     finally:
         _recording = None
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """ "sm_90", "gfx942"; "interpreter" for CPU tensors."""
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def tile_shape(lengths: tuple[int, int, int], limit: int) -> tuple[int, int, int]:
@@ -136,19 +145,23 @@ def block_shape(box: tuple[int, int, int], limit: int) -> tuple[int, tuple[int, 
     return best, shape(best)
 
 
-def images_per_program(batch: int, programs: int) -> int:
-    """How many images a program does, of `batch` with `programs` each: a divisor, so that all programs are alike."""
-    images = 1
-    while images < _MAX_IMAGES and batch % (2 * images) == 0 and programs * (batch // (2 * images)) >= _PROGRAMS:
-        images *= 2
-    return images
+def images_per_program(batch: int, programs: int, resident: int, blocks: int) -> int:
+    """How many images of so many blocks a program does, of `batch` with `programs` each; a GPU holds `resident`.
+
+    A full GPU after the other does its programs, each a prologue and then its images; the last ones do the rest.
+    """
+
+    def time(parts: int) -> int:
+        return -(-programs * parts // resident) * (_PROLOGUE + -(-batch // parts) * blocks)
+
+    return -(-batch // min(range(-(-batch // _MAX_IMAGES), batch + 1), key=time))
 
 
 def make_plan(
     kernel: str,
     layouts: tuple[Strided, ...],
     dtype: torch.dtype,
-    arch: str,
+    gpu: Gpu,
     window: Neighborhood,
     has_rpb: bool,
     sign: int,
@@ -162,7 +175,7 @@ def make_plan(
         kernel: "forward"; of the backward pass "query", "rpb" (the rest of the query kernel's work where a tile has
             several key blocks) or "key".
         layouts: shape and strides of query, key, value, and in the backward pass of the gradient of out.
-        arch: as `architecture`.
+        gpu: where it runs.
         sign: of the scale, -1, 0 or 1.
         precision: of float32 products, "ieee" or "tf32".
         grad_rows: in the backward pass, elements from one token to the next in the gradients of query, key and value.
@@ -178,17 +191,23 @@ def make_plan(
     longest = tuple(group_length(n, d, 0) for n, d in zip(lengths, dilation, strict=True))
     full = tuple(k * d == n and not c for k, d, n, c in zip(size, dilation, lengths, causal, strict=True))
 
+    windows = [n / (k * d) for k, d, n in zip(size, dilation, lengths, strict=True)]
+    extent = "dense" if all(full) else "halves" if set(windows) <= {1, 2} and not any(causal) else "halo"
+
     dims = [max(16, next_power_of_two(dim)) for dim in (head_dim, value_dim)]
     own = "query" if kernel == "rpb" else kernel
-    config = choose(ProblemClass(own, arch, 8 * dtype.itemsize, max(dims), all(full), math.prod(size)))
-    tile = tile_shape(longest, config.tile)
+    config = choose(ProblemClass(own, gpu.arch, 8 * dtype.itemsize, max(dims), extent, math.prod(size)))
+    tile = size if extent == "halves" and math.prod(size) <= config.tile else tile_shape(longest, config.tile)
     groups = [{group_length(n, d, 0), group_length(n, d, d - 1)} for n, d in zip(lengths, dilation, strict=True)]
     bounds = seeing_range if kernel == "key" else visible_range
     box = tuple(map(span, groups, tile, size, stride, causal, [bounds] * 3))
-    block, (rows, columns, blocks) = block_shape(box, config.block)
+    block, (block_rows, columns, blocks) = block_shape(box, config.block)
     tiles = tuple(-(-n // t) for n, t in zip(longest, tile, strict=True))
     programs = heads // (heads // kv_heads if kernel == "key" else 1) * math.prod(tiles) * math.prod(dilation)
-    images = images_per_program(batch, programs) if blocks == 1 or kernel == "rpb" else 1
+    if kernel == "rpb":
+        programs *= blocks
+    steps = 1 if kernel == "rpb" else blocks
+    images = images_per_program(batch, programs, config.programs * gpu.processors, steps)
     slots = max(16, next_power_of_two(math.prod(tile)))
     warps = max(1, config.num_warps * slots * block // (next_power_of_two(config.tile) * config.block))
 
@@ -196,29 +215,27 @@ def make_plan(
         batch_stride, *steps, head_stride, _ = layout[1]
         return (batch_stride, *[0] * unit, *steps, head_stride)
 
-    def extent(layout: Strided) -> int:
+    def reach(layout: Strided) -> int:
         return sum((n - 1) * step for n, step in zip(lengths, strides(layout)[1:-1], strict=True))
 
+    rows = dict(forward=(), query=grad_rows, key=grad_rows[1:])[own]
     widest = max(heads * head_dim, heads * value_dim, *grad_rows)
     constants = dict(
-        HEADS=heads,
         GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
         WINDOW=tuple(itertools.chain(*zip(size, stride, causal, full, strict=True))),
         TILE=(*tile, tile[0] * tile[1], tile[2], 1),
-        BOX=(*box, rows, columns, blocks),
+        BOX=(*box, block_rows, columns, blocks),
         BQ=block if kernel == "key" else slots,
         BK=slots if kernel == "key" else block,
         BD=dims[0],
         BV=dims[1],
         HAS_RPB=has_rpb,
         SIGN=sign,
-        WIDE=max(*map(extent, layouts), math.prod(lengths) * widest) >= 2**31 - 128,
+        WIDE=max(*map(reach, layouts), math.prod(lengths) * widest) >= 2**31 - 128,
         PRECISION=precision,
     )
-    if own != "forward":
-        constants["ROWS"] = grad_rows
     if own == "query":
         constants["HAS_DLSE"] = has_dlse
         constants["GRAD_QUERY"] = kernel == "query"
@@ -226,9 +243,10 @@ def make_plan(
         constants["WHOLE"] = kernel == "query" and tile == longest and blocks == 1 and heads == kv_heads
     return Plan(
         name=kernel,
+        extent=extent,
         kernel=dict(forward=forward_kernel, query=query_kernel, key=key_kernel)[own],
-        grid=(programs * (batch // images) * (blocks if kernel == "rpb" else 1), 1, 1),
-        integers=(*[n for layout in layouts for n in strides(layout)], *lengths, *dilation, *tiles, images),
+        grid=(programs * -(-batch // images), 1, 1),
+        integers=(*itertools.chain(*map(strides, layouts), rows, lengths, dilation, tiles), heads, batch, images),
         constants=constants,
         options=dict(num_warps=warps, num_stages=config.num_stages, enable_fp_fusion=True),
         compiled={},
@@ -276,8 +294,8 @@ def _problem(layouts: Sequence[Layout], has_rpb: bool, window: Neighborhood, sca
     """The arguments of `make_plan` but for the kernel and the precision."""
     query, sign = layouts[0], (scale > 0) - (scale < 0)
     extents = tuple((x.shape, x.stride) for x in layouts)
-    arch = (_recording and _recording.arch) or architecture(query.device)
-    return extents, query.dtype, arch, window, has_rpb, sign
+    gpu = (_recording and _recording.gpu) or gpu_of(query.device)
+    return extents, query.dtype, gpu, window, has_rpb, sign
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# Arguments whose values compile no kernel of their own, so that the layers of a model share theirs.
+SIZES = ("L_h", "L_w", "dilation_h", "dilation_w", "tiles_h", "tiles_w", "heads", "batch", "images")
 
 
 @triton.jit
@@ -53,8 +55,8 @@ def inside(position, n):
 
 
 @triton.jit
-def block(o, i_block, first, n, BOX: tl.constexpr):
-    """Positions of the slots `o` of block `i_block` of the box that begins at `first`, and which of them exist.
+def block(o, i_block, first, end, BOX: tl.constexpr):
+    """Positions of the slots `o` of block `i_block` of the box from `first` to `end`, and which of them exist.
 
     A slot without a position of its own repeats another one.
 
@@ -66,11 +68,11 @@ def block(o, i_block, first, n, BOX: tl.constexpr):
     row = i_block // runs * ROWS + o // COLS
     col = i_block % runs * COLS + o % COLS
     position = (first[0] + row // BOX[1], first[1] + row % BOX[1], first[2] + col)
-    m = (o < ROWS * COLS) & (row < BOX[0] * BOX[1]) & (col < BOX[2]) & inside(position, n)
+    m = (o < ROWS * COLS) & (row < BOX[0] * BOX[1]) & (col < BOX[2]) & inside(position, end)
     position = (
-        tl.minimum(position[0], n[0] - 1),
-        tl.minimum(position[1], n[1] - 1),
-        tl.minimum(position[2], n[2] - 1),
+        tl.minimum(position[0], end[0] - 1),
+        tl.minimum(position[1], end[1] - 1),
+        tl.minimum(position[2], end[2] - 1),
     )
     return position, m
 
@@ -99,10 +101,10 @@ def flat(index, lengths):
 
 
 @triton.jit
-def load(p, o, DIM: tl.constexpr, SIZE: tl.constexpr):
-    """Rows (., SIZE) of DIM elements each, at the offsets `o`."""
+def load(p, o, m, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """Rows (., SIZE) of DIM elements each, at the offsets `o`; those not in `m` are zeros, and not read."""
     o_dim = tl.arange(0, SIZE)
-    return tl.load(p + o[:, None] + o_dim[None, :], mask=(o_dim < DIM)[None, :], other=0.0)
+    return tl.load(p + o[:, None] + o_dim[None, :], mask=m[:, None] & (o_dim < DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -160,6 +162,27 @@ def first_keys(first, n, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _last(first, n, TILE: tl.constexpr, A: tl.constexpr):
+    return tl.minimum(first[A] + TILE[A], n[A]) - 1
+
+
+@triton.jit
+def _end_of_keys(first, n, TILE: tl.constexpr, WINDOW: tl.constexpr, A: tl.constexpr):
+    _, end = window(_last(first, n, TILE, A), n[A], WINDOW, A)
+    return end
+
+
+@triton.jit
+def end_of_keys(first, n, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Where the box of keys of a tile of queries ends: with the window of the last one."""
+    return (
+        _end_of_keys(first, n, TILE, WINDOW, 0),
+        _end_of_keys(first, n, TILE, WINDOW, 1),
+        _end_of_keys(first, n, TILE, WINDOW, 2),
+    )
+
+
+@triton.jit
 def _first_query(first, WINDOW: tl.constexpr, A: tl.constexpr):
     k: tl.constexpr = WINDOW[4 * A]
     s: tl.constexpr = WINDOW[4 * A + 1]
@@ -173,6 +196,25 @@ def _first_query(first, WINDOW: tl.constexpr, A: tl.constexpr):
 def first_queries(first, WINDOW: tl.constexpr):
     """Where the box of queries of a tile of keys begins: the start of `geometry.seeing_range`."""
     return _first_query(first, WINDOW, 0), _first_query(first, WINDOW, 1), _first_query(first, WINDOW, 2)
+
+
+@triton.jit
+def _end_of_queries(first, n, TILE: tl.constexpr, WINDOW: tl.constexpr, A: tl.constexpr):
+    k: tl.constexpr = WINDOW[4 * A]
+    s: tl.constexpr = WINDOW[4 * A + 1]
+    ahead: tl.constexpr = k - s if WINDOW[4 * A + 2] else k // 2 - s // 2
+    o = _last(first, n, TILE, A)
+    return tl.where(o >= n[A] - k, n[A], tl.minimum((o + ahead) // s * s + s, n[A]))
+
+
+@triton.jit
+def end_of_queries(first, n, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Where the box of queries of a tile of keys ends: the end of `geometry.seeing_range`."""
+    return (
+        _end_of_queries(first, n, TILE, WINDOW, 0),
+        _end_of_queries(first, n, TILE, WINDOW, 1),
+        _end_of_queries(first, n, TILE, WINDOW, 2),
+    )
 
 
 @triton.jit
@@ -203,6 +245,7 @@ def bias(p_rpb, q, k, m, n, scale, WINDOW: tl.constexpr, HAS_RPB: tl.constexpr):
 def key_block(
     i_block,
     lo,
+    hi,
     q,
     m_q,
     n,
@@ -216,8 +259,8 @@ def key_block(
     HAS_RPB: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Map indices of the keys in a block, and their `bias` (BQ, BK) for the queries at the positions `q`."""
-    k, m_k = block(tl.arange(0, BK), i_block, lo, n, BOX)
+    """Map indices of the keys in a block, which of them exist, and their `bias` (BQ, BK) for the queries at `q`."""
+    k, m_k = block(tl.arange(0, BK), i_block, lo, hi, BOX)
     m = m_q[:, None] & m_k[None, :]
     b = bias(
         p_rpb,
@@ -229,13 +272,14 @@ def key_block(
         WINDOW,
         HAS_RPB,
     )
-    return tokens(k, dilation, group, WIDE), b
+    return tokens(k, dilation, group, WIDE), m_k, b
 
 
 @triton.jit
 def query_block(
     i_block,
     lo,
+    hi,
     k,
     m_k,
     n,
@@ -249,8 +293,8 @@ def query_block(
     HAS_RPB: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Map indices of the queries in a block, and the `bias` (BK, BQ) of the keys at the positions `k` for them."""
-    q, m_q = block(tl.arange(0, BQ), i_block, lo, n, BOX)
+    """Map indices of the queries in a block, which of them exist, and their `bias` (BK, BQ) of the keys at `k`."""
+    q, m_q = block(tl.arange(0, BQ), i_block, lo, hi, BOX)
     m = m_k[:, None] & m_q[None, :]
     b = bias(
         p_rpb,
@@ -262,4 +306,4 @@ def query_block(
         WINDOW,
         HAS_RPB,
     )
-    return tokens(q, dilation, group, WIDE), b
+    return tokens(q, dilation, group, WIDE), m_q, b
