@@ -92,7 +92,7 @@ _SHIPPED = {
         ("", 16, _ANY, 128, math.inf, Config(16, 32, 2, 1)),
         ("sm_8", 32, _ANY, 64, math.inf, Config(32, 32, 8, 1)),
         ("", 32, _ANY, 64, math.inf, Config(32, 32, 4, 1)),
-        ("gfx", 32, _ANY, 128, math.inf, Config(16, 32, 2, 1)),
+        ("gfx", 32, _ANY, 128, math.inf, Config(16, 32, 4, 1, 2)),
         ("sm_9", 32, _ANY, 128, math.inf, Config(32, 16, 4, 1)),
         ("sm_10", 32, _ANY, 128, math.inf, Config(32, 16, 4, 1)),
         ("", 32, _ANY, 128, math.inf, Config(32, 32, 8, 1)),
