@@ -33,7 +33,7 @@ class Maps(nn.Module):
 
 
 @pytest.fixture(scope="session")
-def fill():
+def dense_fill():
     """golden/dense/fill.py."""
     spec = importlib.util.spec_from_file_location("golden_dense_fill", GOLDEN / "fill.py")
     module = importlib.util.module_from_spec(spec)
@@ -53,14 +53,14 @@ def golden() -> Callable[[str], dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def original(fill, keys) -> Callable[..., nn.Module]:
+def original(dense_fill, keys) -> Callable[..., nn.Module]:
     """A model whose head has the golden weights, taken from their original names, and whose backbone yields maps."""
 
     def original(method: str, maps: list[torch.Tensor], wrap: Callable = list, **kwargs) -> nn.Module:
         with torch.device("meta"):  # all weights come from elsewhere
             model = dinat.dense.create_model(method, backbone_kwargs=SMALL, **kwargs)
         replace(model, model.backbone, Maps(maps, wrap))
-        weights = {key: fill.tensor_for(key, tuple(shape)) for key, shape in keys[method].items()}
+        weights = {key: dense_fill.tensor_for(key, tuple(shape)) for key, shape in keys[method].items()}
         weights = {key: value.long() if "num_batches" in key else value for key, value in weights.items()}
         if method in ("mask2former", "oneformer"):  # beside the heads in published files
             weights["criterion.empty_weight"] = torch.ones(134).index_fill(0, torch.tensor([133]), 0.1)
@@ -138,12 +138,12 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 @pytest.fixture(scope="session")
-def level_maps(fill) -> Callable[..., list[torch.Tensor]]:
+def level_maps(dense_fill) -> Callable[..., list[torch.Tensor]]:
     """The goldens' four feature maps of an image; `name` has the number of the level."""
 
     def level_maps(name: str, height: int, width: int, first: int = 0) -> list[torch.Tensor]:
         sides = [(-(-height // 2 ** (i + 2)), -(-width // 2 ** (i + 2))) for i in range(4)]
         shapes = [(1, 32 * 2**i, *side) for i, side in enumerate(sides)]
-        return [fill.tensor_for_input(name.format(i + first), shape) for i, shape in enumerate(shapes)]
+        return [dense_fill.tensor_for_input(name.format(i + first), shape) for i, shape in enumerate(shapes)]
 
     return level_maps

@@ -13,6 +13,7 @@ from dinat.engine.evaluation import table_row
 from dinat.errors import UserError
 from dinat.metrics.classification import ClassificationMetric
 from dinat.tasks.classification import Classification
+from dinat.tasks.objectives import OneClass
 
 CONFUSION = torch.tensor([[1, 1, 0], [0, 3, 1], [0, 0, 0]])
 
@@ -33,6 +34,7 @@ def test_row_of_results():
     model = torch.nn.Linear(1000, 20)
     model.pretrained_cfg = {"architecture": "linear"}
     task = Classification.__new__(Classification)
+    task.objective = OneClass(None)
     task.preprocessing = {"input_size": (3, 20, 30), "crop_pct": 0.9, "interpolation": "bicubic"}
     row = task.results_row(model, {"loss": 0.12345678, "top1": 66.66666, "top5": 90.0})
     assert list(row.values()) == ["linear", 66.6667, 33.3333, 90.0, 10.0, 0.02, 30, 0.9, "bicubic", 0.123457]
