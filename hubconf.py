@@ -8,10 +8,10 @@ import timm
 
 sys.path.append(str(Path(__file__).parent / "kernels"))  # torch.hub adds the repository itself
 
-import dinat  # noqa: F401  registers the models
+from dinat.models import FAMILIES  # registers the models
 
 dependencies = ["torch", "timm", "huggingface_hub", "safetensors"]
 
-for _module in ("nat", "dinat_s", "isotropic", "volumes"):
+for _module in FAMILIES:
     for _name in timm.list_models(module=_module):
         globals()[_name] = update_wrapper(partial(timm.create_model, _name), timm.model_entrypoint(_name))

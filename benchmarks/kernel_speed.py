@@ -44,7 +44,8 @@ def estimates(p: Problem, batch: int, found: list[Launch]) -> list[dict]:
 def measure(p: Problem, batch: int, device: str, output: Path, samples: int = 30) -> list[dict]:
     """Time the kernels of a layer; append a row for each."""
     found = launches(p, batch, device)
-    started, rates = facts(device), device_named(facts(device)["device"])
+    started = facts(device)
+    rates = device_named(started["device"])
     micros = [1e6 * alone(launch, device, samples) for launch in found]
     rows = []
     for launch, us, estimate in zip(found, micros, estimates(p, batch, found), strict=True):

@@ -39,7 +39,9 @@ def model_card(
     """The card of a model folder, from its config.json and what is known of the training.
 
     Args:
-        hub_task: the hub's word for what the model does, such as "object-detection".
+        folder: with a config.json of ours, of timm or of transformers.
+        hub_task: the hub's word for what the model does, such as "object-detection"; of transformers' models for
+            segmentation, whose config.json tells, "image-segmentation" in its place.
         data: name of the data set; "" where nobody knows.
         figures: of the validation split, in percent, but for a loss.
         labels: what people call the figures.
@@ -51,6 +53,7 @@ def model_card(
     elif "model_type" in config:
         (cls,) = config.get("architectures") or ["AutoModelForImageClassification"]
         library, code, name = "transformers", IN_TRANSFORMERS.format(cls), config["model_type"]
+        hub_task = "image-segmentation" if "Segmentation" in cls else hub_task
     else:
         library, code, name = "timm", IN_TIMM, config["architecture"]
     classes = config.get("label_names") or [*config.get("id2label", {}).values()]
@@ -67,13 +70,12 @@ def model_card(
         )
         for figure, value in (figures or {}).items()
     ]
+    on_hub = data.startswith("hfds/")  # the hub does not know others
     metadata = ModelCardData(
         library_name=library,
         pipeline_tag=hub_task,
         tags=["neighborhood-attention", "dinat"],
-        datasets=[data.split(":")[0].removeprefix("hfds/")]
-        if data.startswith("hfds/")
-        else None,  # others the hub does not know
+        datasets=[data.split(":")[0].removeprefix("hfds/")] if on_hub else None,
         **({"model_name": name, "eval_results": results} if results else {}),
     )
     parts = [f"# {name}", f"`{name}`, {count} classes" + (f", trained on `{data}`." if data else ".")]

@@ -28,7 +28,7 @@ from timm.models._hub import get_cache_dir, hf_split
 from dinat.checkpoints.layouts import Shape, to_native
 from dinat.checkpoints.reading import read_checkpoint, refuse_web_page
 from dinat.errors import CheckpointError
-from dinat.files import write_text
+from dinat.files import digest_of, write_text
 
 log = logging.getLogger("dinat")
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -181,11 +181,7 @@ def verify(path: Path, record: Path, source: str, sha256: str | None = None) -> 
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return digest_of(path, "sha256")
 
 
 def sources(cfg: PretrainedCfg) -> list[HubFile | UrlFile]:

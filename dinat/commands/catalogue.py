@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinat import dense
 from dinat.checkpoints import Shape, sources
 from dinat.errors import UserError, nearest
+from dinat.models import FAMILIES
 from dinat.published import TOP1
 
 console = Console(highlight=False)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, with or without a tag.")]
-MODULES = ("nat", "dinat_s", "isotropic", "volumes")
 FIGURES = {  # of models for dense prediction
     "box_ap": "box AP",
     "mask_ap": "mask AP",
@@ -37,7 +37,7 @@ def ours(pattern: str = "*") -> list[str]:
     """Our backbones by name and tag, the default tag of each architecture first; `pattern` as in a shell."""
     return [
         name
-        for module in MODULES
+        for module in FAMILIES
         for name in timm.list_models(pattern, module=module, pretrained=False, include_tags=True)
     ]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from dinat import dense
-from dinat.commands.catalogue import console, find
+from dinat.commands.catalogue import by_axis, console, find
 from dinat.commands.predict import class_names, find_images, load
 from dinat.commands.predict_dense import load_dense
 from dinat.data import ImageError, open_image, resolve_preprocessing
@@ -150,7 +150,7 @@ def heads(
     size: Size = None,
     importance: Annotated[
         Importance, typer.Option(help="By gates' gradients, or without one head after the other.")
-    ] = (Importance.gradient),
+    ] = Importance.gradient,
     batch_size: BatchSize = 1,
     output: Output = Path("inspect"),
 ) -> None:
@@ -206,11 +206,11 @@ def field(
                 {
                     "model": name,
                     "block": one.block,
-                    "map": by(one.size),
-                    "window": by(one.kernel_size),
-                    "dilation": by(one.dilation),
-                    "extent": by(one.extent()),
-                    "touched": by(one.touched()),
+                    "map": by_axis(one.size),
+                    "window": by_axis(one.kernel_size),
+                    "dilation": by_axis(one.dilation),
+                    "extent": by_axis(one.extent()),
+                    "touched": by_axis(one.touched()),
                     "area": round(one.area(), 6),
                     "least_area": round(one.least_area(), 6),
                 }
@@ -237,10 +237,6 @@ def field(
         if beyond:
             console.print(f"{name}: windows larger than the map, which is padded: {', '.join(beyond)}", soft_wrap=True)
     wrote(*written)
-
-
-def by(pair: tuple[int, int]) -> str:
-    return "x".join(map(str, pair))
 
 
 def build(name: str, size: int | None, dilations: str | None) -> nn.Module:

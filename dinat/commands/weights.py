@@ -11,7 +11,6 @@ import timm
 import torch
 import typer
 from huggingface_hub import HfApi, ModelCard
-from safetensors.torch import save_file
 from timm.models import PretrainedCfg, get_arch_name
 from timm.models._hub import get_cache_dir
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from dinat.checkpoints.layouts import method_of
 from dinat.commands.catalogue import Model, console, find, full_name, ours
 from dinat.commands.convert_dense import convert_dense
 from dinat.data.images import ImageError, open_image
+from dinat.dense.folder import write_files
 from dinat.errors import CheckpointError, UserError
 from dinat.files import write_text
 from dinat.published import LOGITS, LOGITS_IMAGE
@@ -160,10 +160,8 @@ def card_of(folder: Path) -> ModelCard:
     """The card of a model folder that came without one."""
     from dinat.tasks import find_task  # takes a second to import
 
-    config = json.loads((folder / "config.json").read_text())
-    if any("Segmentation" in name for name in config.get("architectures", ())):  # of transformers
-        return model_card(folder, "image-segmentation")
-    return model_card(folder, find_task(config.get("task", "classification")).hub_task)
+    task = json.loads((folder / "config.json").read_text()).get("task", "classification")
+    return model_card(folder, find_task(task).hub_task)
 
 
 def architecture_of(shape: Shape, source: Path) -> str:
@@ -217,8 +215,7 @@ def write_huggingface(network: nn.Module, name: str, shape: Shape, folder: Path)
     if not shape.num_classes:  # backbones have no final norm there
         state = {key: value for key, value in state.items() if not key.startswith("norm.")}
     state = checkpoints.to_huggingface(state, f"{family}." if shape.num_classes else "")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_files(state, json.dumps(config, indent=2) + "\n", folder)
 
 
 def push(

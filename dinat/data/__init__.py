@@ -13,7 +13,6 @@ from dinat.data.transforms import (
     resolve_preprocessing,
     train_transform,
 )
-from dinat.data.volumes import open_volume
 
 __all__ = [
     "IGNORE",
@@ -34,7 +33,6 @@ __all__ = [
     "eval_transform",
     "open_image",
     "open_split",
-    "open_volume",
     "reseed",
     "resolve_preprocessing",
     "train_transform",

@@ -17,11 +17,17 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
-from dinat.classes import CITYSCAPES, Classes
+from dinat.classes import CITYSCAPES
 from dinat.data.coco import CocoPanoptic, Record
-from dinat.data.folders import existing_root, first_existing, named_files, pair_files, split_names
+from dinat.data.folders import (
+    existing_root,
+    first_existing,
+    named_files,
+    pair_files,
+    refuse_other_classes,
+    split_names,
+)
 from dinat.data.masks import IGNORED, SemanticFolder, read_pair
-from dinat.errors import UserError
 
 IMAGES, TRUTH = "leftImg8bit", "gtFine"  # folders
 IMAGE_ENDING = "_leftImg8bit.png"
@@ -39,7 +45,7 @@ class CityscapesSemantic(SemanticFolder):
 
     def __init__(self, root: str | Path, split: str, *, classes: Sequence[str] | None = None) -> None:
         root = existing_root(root)
-        refuse_others(CITYSCAPES, classes)
+        refuse_other_classes("Cityscapes", CITYSCAPES.names, classes)
         split = find_split(root, split)
         super().__init__(
             root, split, images=f"{IMAGES}/{split}", masks=f"{TRUTH}/{split}", classes=CITYSCAPES.names,
@@ -66,7 +72,7 @@ class CityscapesInstances(Dataset):
 
     def __init__(self, root: str | Path, split: str, *, classes: Sequence[str] | None = None) -> None:
         self.root, things = existing_root(root), CITYSCAPES.only_things()
-        refuse_others(things, classes)
+        refuse_other_classes("Cityscapes", things.names, classes)
         self.classes, self.category_ids = list(things.names), list(things.ids)
         split = find_split(self.root, split)
         self.images = self.root / IMAGES / split
@@ -119,9 +125,3 @@ def find_split(root: Path, split: str) -> str:
     """What the split is called below `root`."""
     places = [root / IMAGES / name for name in split_names(split)]
     return first_existing(places, f"{split}: folder of images").name
-
-
-def refuse_others(own: Classes, classes: Sequence[str] | None) -> None:
-    """Raises UserError unless `classes` is None or has the names of `own` in their order."""
-    if classes is not None and list(classes) != list(own.names):
-        raise UserError(f"Cityscapes has other classes than in training: {list(own.names)}, not {list(classes)}.")

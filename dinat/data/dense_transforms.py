@@ -251,9 +251,7 @@ def views_of(preprocessing: Mapping[str, Any], scales: Sequence[float] | None = 
     return own if own and scales is None else scaled_steps(preprocessing["transform"], scales or SCALES)
 
 
-def scaled_steps(
-    steps: Sequence[Mapping[str, Any]], scales: Sequence[float] = SCALES
-) -> list[list[Mapping[str, Any]]]:  # fmt: skip
+def scaled_steps(steps: Sequence[Mapping[str, Any]], scales: Sequence[float]) -> list[list[Mapping[str, Any]]]:
     """Steps for evaluation at several scales, as in mmsegmentation: both limits of their resize times each of `scales`.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +81,9 @@ def pair_files(images: dict[str, Path], masks: dict[str, Path]) -> list[tuple[Pa
     if alone:
         raise UserError(f"{alone[0]} of the same name ({len(alone)} such files). Add or remove them.")
     return [(path, masks[name]) for name, path in images.items()]
+
+
+def refuse_other_classes(source: str, own: Sequence[str], classes: Sequence[str] | None) -> None:
+    """Raises UserError unless the training data had the classes that this source has, or there was none (None)."""
+    if classes is not None and list(classes) != list(own):
+        raise UserError(f"{source} has other classes than in training: {list(own)}, not {list(classes)}.")

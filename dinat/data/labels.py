@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,8 +62,8 @@ def _shorten(given: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_kind(kind: str | None, known: Sequence[str] = SEVERAL) -> str | None:
+def check_kind(kind: str | None) -> str | None:
     """`data.labels`, if it is one of those that there are. Raises UserError for another."""
-    if kind not in (None, *known):
-        raise UserError(f"data.labels={kind}: no such kind. Known: {', '.join(known)}.{nearest(str(kind), known)}")
+    if kind not in (None, *SEVERAL):
+        raise UserError(f"data.labels={kind}: no such kind. Known: {', '.join(SEVERAL)}.{nearest(str(kind), SEVERAL)}")
     return kind

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinat.data.coco import CocoPanoptic
-from dinat.data.folders import existing_root, first_existing, split_names
+from dinat.data.folders import existing_root, first_existing, refuse_other_classes, split_names
 from dinat.data.masks import IGNORED, SemanticFolder
 from dinat.errors import UserError
 
@@ -32,8 +32,7 @@ class MapillarySemantic(SemanticFolder):
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: no list 'labels' with readable and evaluate of each: {error!r}") from error
         names = [name for name, evaluated in labels if evaluated]
-        if classes is not None and list(classes) != names:
-            raise UserError(f"{file}: other classes than in training: {names}, not {list(classes)}.")
+        refuse_other_classes(str(file), names, classes)
         places = [root / split / place for split in split_names(split) for place in ("v1.2/labels", "labels")]
         masks = first_existing(places, f"{split}: folder of labels").relative_to(root)
         super().__init__(root, split, images=f"{masks.parts[0]}/images", masks=str(masks), classes=names)

@@ -6,7 +6,6 @@ on: those within a compressed file cannot be, and the largest have ten gigabytes
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -23,7 +22,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dinat.errors import UserError, nearest
-from dinat.files import write_text
+from dinat.files import digest_of, write_text
 
 log = logging.getLogger("dinat")
 URL = "https://zenodo.org/records/10519652/files"
@@ -100,10 +99,8 @@ class MedMNIST(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image | np.ndarray, int | np.ndarray]:
-        image, target = np.array(self.images[index]), self.targets[index]
-        return image if self.volumes else Image.fromarray(image), target.astype(int) if self.label_kind else int(
-            target[0]
-        )
+        image, target = np.array(self.images[index]), self.targets[index].astype(int)
+        return image if self.volumes else Image.fromarray(image), target if self.label_kind else target.item()
 
 
 def describe(facts: dict[str, Any]) -> tuple[str, str]:
@@ -163,7 +160,7 @@ def fetch(file: Path, md5: str | None, download: bool) -> None:
 
 def unpack(file: Path, folder: Path, md5: str | None) -> None:
     """Writes the arrays of a .npz file into `folder`, which is complete as soon as there is one."""
-    digest = md5_of(file)
+    digest = digest_of(file, "md5")
     if md5 not in (None, digest):
         raise UserError(f"{file}: its MD5 is {digest}, not {md5} as published. Delete it and fetch it again.")
     log.info("unpacking %s, once", file)
@@ -179,12 +176,3 @@ def unpack(file: Path, folder: Path, md5: str | None) -> None:
         raise UserError(f"{file}: not a .npz file: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def md5_of(file: Path) -> str:
-    """Hexadecimal MD5 of a file's content."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -12,13 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinat.errors import UserError
-
-AXES = ("depth", "height", "width")
-
-
-def open_volume(volume: np.ndarray) -> np.ndarray:
-    """The volume: readers of volumes give them as arrays."""
-    return volume
+from dinat.models.layers import AXES
 
 
 def resize(volume: np.ndarray, size: Sequence[int]) -> Tensor:

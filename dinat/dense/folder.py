@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from dinat.errors import UserError
 from dinat.files import write_atomically, write_text
@@ -25,10 +25,15 @@ def save(model: nn.Module, described: Mapping[str, Any], folder: Path) -> None:
             `dinat.dense.create_model`; `num_classes`, `label_names`, `category_ids` (the training data's id of each
             class) and `preprocessing`.
     """
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_files(model.state_dict(), json.dumps(described, indent=2) + "\n", folder)
+
+
+def write_files(state: Mapping[str, Tensor], config: str, folder: Path) -> None:
+    """Writes weights, and the text of config.json."""
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     content = to_bytes(state, metadata={"format": "pt"})  # its save_file makes files that only their owner can read
     write_atomically(folder / WEIGHTS, lambda temporary: temporary.write_bytes(content))
-    write_text(folder / CONFIG, json.dumps(described, indent=2) + "\n")
+    write_text(folder / CONFIG, config)
 
 
 def is_dense(folder: str | Path) -> bool:

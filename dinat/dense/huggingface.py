@@ -7,23 +7,19 @@ the three OneFormers of the hub, `dinat.integrations.transformers.enable()` has 
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from shutil import copyfile
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import DinatConfig, OneFormerConfig
 
 from dinat import checkpoints
 from dinat.checkpoints import Shape
 from dinat.errors import UserError
-from dinat.files import write_atomically
 from dinat.models.nat import ConvStem
 
+from .folder import write_files
 from .model import DenseModel
 
 
@@ -53,13 +49,7 @@ def save_pretrained(model: DenseModel, folder: Path, labels: Sequence[str], own_
         there = prefix[: prefix.index("features.")]
         state = {key: value for key, value in state.items() if not key.startswith(prefix)}
         state |= checkpoints.to_huggingface(backbone.state_dict(), there)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as temporary:
-        config.save_pretrained(temporary)
-        state = {key: value.contiguous() for key, value in state.items()}
-        save_file(state, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
-        for name in ("model.safetensors", "config.json"):
-            # copied, not moved: safetensors makes files that only their owner can read
-            write_atomically(folder / name, partial(copyfile, Path(temporary) / name))
+    write_files(state, config.to_json_string(), folder)
 
 
 def dinat_config(backbone: nn.Module) -> DinatConfig:

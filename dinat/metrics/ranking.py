@@ -30,10 +30,9 @@ class RankingMetric:
     Args:
         classes: names, in the order of the labels.
         several: whether images have several labels: targets are (B, classes) then, and scores are sigmoids.
-        confusion: without meaning: what is kept is enough for the matrix.
     """
 
-    def __init__(self, classes: Sequence[str], *, several: bool = False, confusion: bool = False) -> None:
+    def __init__(self, classes: Sequence[str], *, several: bool = False) -> None:
         self.classes, self.several = list(classes), several
         self.scores: list[Tensor] = []
         self.truth: list[Tensor] = []

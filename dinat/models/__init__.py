@@ -4,4 +4,6 @@ from . import dinat_s, isotropic, nat, volumes
 from .nat import NAT
 from .volumes import VolumeNAT
 
-__all__ = ["NAT", "VolumeNAT", "dinat_s", "isotropic", "nat", "volumes"]
+FAMILIES = ("nat", "dinat_s", "isotropic", "volumes")  # timm knows the models by these modules
+
+__all__ = ["FAMILIES", "NAT", "VolumeNAT", "dinat_s", "isotropic", "nat", "volumes"]

@@ -20,11 +20,13 @@ class OneClass:
 
     Attributes:
         headline, labels: see `Task`.
+        share: the label of the share of training images that are right.
         several: whether an image may have several classes.
     """
 
     headline = "top1"
     labels = {"loss": "loss", "top1": "top-1", "top5": "top-5"}  # noqa: RUF012 - never written
+    share = "top1"
     several = False
 
     def __init__(self, benchmark: str | None = None) -> None:
@@ -46,8 +48,6 @@ class OneClass:
         """Figures of the training set, summed over images; mixed images count as what there is most of."""
         labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
         return {self.share: 100 * (logits.argmax(dim=1) == labels).sum()}
-
-    share = "top1"  # of images that are right
 
     def metric(self, names: Sequence[str], device: torch.device, confusion: bool) -> Metric:
         """An empty metric for classes of these names."""
@@ -78,7 +78,7 @@ class RankedClass(OneClass):
     share = "acc"
 
     def metric(self, names: Sequence[str], device: torch.device, confusion: bool) -> RankingMetric:
-        return RankingMetric(names, several=self.several, confusion=confusion)
+        return RankingMetric(names, several=self.several)  # what it keeps is enough for the matrix
 
     def columns(self, figures: Mapping[str, float]) -> dict[str, float]:
         return {name: round(figures[name], 4) for name in self.labels if name != "loss"}

@@ -73,7 +73,7 @@ class Launch(NamedTuple):
 
     def arguments(self) -> tuple:
         """Those of the kernel, in its order."""
-        return (*self.tensors, abs(self.scale) or 1.0, *self.plan.integers, *self.plan.constants.values())
+        return _arguments(*self)
 
 
 class _Recording(NamedTuple):
@@ -261,12 +261,15 @@ def forget_plans() -> None:
     _plan.cache_clear()
 
 
+def _arguments(plan: Plan, tensors: tuple[Tensor, ...], scale: float) -> tuple:
+    return (*tensors, abs(scale) or 1.0, *plan.integers, *plan.constants.values())
+
+
 def _launch(plan: Plan, tensors: tuple[Tensor, ...], scale: float) -> None:
-    launch = Launch(plan, tensors, scale)
     if _recording is not None:
-        _recording.launches.append(launch)
+        _recording.launches.append(Launch(plan, tensors, scale))
         return
-    arguments = launch.arguments()
+    arguments = _arguments(plan, tensors, scale)
     device = tensors[0].device
     # Triton compiles for the alignment and dtype of pointers; the dtype of the bias table is not in the plan.
     variant = (device, tensors[3].dtype, *[x.data_ptr() % 16 for x in tensors])
