@@ -97,7 +97,8 @@ def fit_dense(
 ) -> dict[str, Tensor]:
     """Weights of a dense model in any known layout as a state dict for `model`, of which every key is used.
 
-    Parts that only training needs may be left out of the model: their weights are then too, and the log says so.
+    Parts that only training needs may be left out of the model: their weights are then too. OneFormer's text encoder
+    may be left out of the checkpoint: it starts anew then. The log says either.
 
     Args:
         checkpoint: with a backbone of the NAT family; with any, under the names of `model`.
@@ -112,7 +113,7 @@ def fit_dense(
     """
     state, own, head = unwrap(checkpoint), model.state_dict(), HEADS[method]
     out = dict(state) if state.keys() == own.keys() else _own_names(state, own, method)
-    left_out = [key for key in out.keys() - own.keys() if re.match(head.optional, key)]
+    left_out = [key for key in out.keys() - own.keys() if re.match(f"{head.optional}|{head.of_training}", key)]
     out = {key: value for key, value in out.items() if key not in left_out}
     out |= {key: own[key] for key in head.constants if key not in out and key in own}
     found = len(out.get(head.classifier, own[head.classifier])) - len(own[head.classifier]) + model.num_classes
@@ -120,10 +121,14 @@ def fit_dense(
         raise CheckpointError(f"the checkpoint has {found} classes, not {expected}.")
     renewed = reset_head or found != model.num_classes
     anew = [key for key in own if re.match(head.per_class, key)] if renewed else []
-    out |= {key: own[key] for key in anew}
+    begun = any(re.match(head.of_training, key) for key in out)
+    lacking = [] if begun else [key for key in own if re.match(head.of_training, key)]
+    out |= {key: own[key] for key in (*anew, *lacking)}
     check_fit(own, out, f"the checkpoint is of another architecture than this {type(model).__name__}")
     if left_out:
         log.warning("%d tensors are of parts that the model was made without: %s ...", len(left_out), min(left_out))
+    if lacking:
+        log.warning("%d tensors that the checkpoint lacks start anew: %s ...", len(lacking), min(lacking))
     if anew:
         log.warning("%d classes instead of %d: %s start anew", model.num_classes, found, ", ".join(anew))
     return out

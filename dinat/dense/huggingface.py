@@ -42,8 +42,10 @@ def save_pretrained(model: DenseModel, folder: Path, labels: Sequence[str], own_
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.architectures = [type(model.network).__name__]
-    if isinstance(config, OneFormerConfig) and "criterion.logit_scale" not in state:  # of training with texts
-        state["criterion.logit_scale"] = torch.tensor(1 / config.contrastive_temperature).log()
+    if isinstance(config, OneFormerConfig):  # of training with texts; a model that reads them there cannot predict
+        config.is_training = False
+        state = {key: value for key, value in state.items() if not key.startswith("model.text_mapper.")}
+        state.setdefault("criterion.logit_scale", torch.tensor(1 / config.contrastive_temperature).log())
     if not own_backbone:
         config.backbone_config = dinat_config(backbone)
         there = prefix[: prefix.index("features.")]

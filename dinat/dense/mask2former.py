@@ -6,14 +6,15 @@ OneFormer: One Transformer to Rule Universal Image Segmentation - https://arxiv.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import scipy  # noqa: F401  the matching of queries and objects needs it, and says so late
 import torch
-import torch.distributed
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
 from transformers import (
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
@@ -29,6 +30,7 @@ from . import postprocess
 from .backbone import TimmConfig, load_pretrained
 from .features import Features
 from .model import DenseModel, Target, pad_to
+from .texts import CONTEXT, TASK_TOKENS, TOKENIZERS, Tokenizer, find_tokenizer
 
 IGNORED = 255
 TASKS = {"panoptic": "panoptic", "semantic": "semantic", "instance": "instance", "detection": "instance"}
@@ -157,14 +159,18 @@ class Universal(DenseModel):
         return pad_to(masks.float(), *size), labels
 
 
+def distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 class SharedCount:
     """The mean number of masks per process, by which the original divides; mixed into transformers' criteria."""
 
     def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
         count = torch.tensor(float(sum(map(len, class_labels))), device=device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(count)
-            count = count / torch.distributed.get_world_size()
+        if distributed():
+            dist.all_reduce(count)
+            count = count / dist.get_world_size()
         return count.clamp(min=1)
 
 
@@ -173,7 +179,38 @@ class Mask2FormerCriterion(SharedCount, Mask2FormerLoss):
 
 
 class OneFormerCriterion(SharedCount, OneFormerLoss):
-    pass
+    def loss_contrastive(self, contrastive_queries_logits: Tensor, text_queries: Tensor) -> dict[str, Tensor]:
+        """An image's queries are to be nearest to its own texts among those of all processes, and the reverse.
+
+        As in the original; transformers compares within a process only. Both are (images, queries, width).
+        """
+        queries, texts = (F.normalize(x.flatten(1), dim=-1) for x in (contrastive_queries_logits, text_queries))
+        scale = self.logit_scale.exp().clamp(max=100)
+        own = torch.arange(len(queries), device=queries.device)
+        if distributed():
+            own += dist.get_rank() * len(queries)
+        of_images = F.cross_entropy(scale * queries @ gather(texts).T, own)
+        return {"loss_contrastive": of_images + F.cross_entropy(scale * texts @ gather(queries).T, own)}
+
+
+class Gather(torch.autograd.Function):
+    """Rows of all processes, as many of each, by rank; the gradient is that of the sum of the processes' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(rows: Tensor) -> Tensor:
+    return Gather.apply(rows) if distributed() else rows
 
 
 def in_float(layers: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -258,24 +295,16 @@ class Mask2Former(Universal):
         return summed(losses)
 
 
-# CLIP's tokens of "the task is ..."
-TASK_TOKENS = {
-    "panoptic": (49406, 518, 10549, 533, 1072, 24755, 49407),
-    "semantic": (49406, 518, 10549, 533, 29119, 1550, 49407),
-    "instance": (49406, 518, 10549, 533, 34572, 49407),
-}
-CONTEXT = 77  # tokens of a text
-
-
 class OneFormer(Universal):
     """OneFormer: one model for all tasks, told which by a sentence.
 
-    A model of the task "panoptic" is trained for one drawn per image. The original's contrast with texts about the
-    image needs CLIP's tokenizer, which has to be downloaded: it is trained where one is given.
+    A model of the task "panoptic" is trained for one drawn per image. With a `tokenizer`, as originally, it has a text
+    encoder too, and learns to tell the texts about an image from those about others; predictions read no texts.
 
     Args (besides those of `Universal`):
         query_layers: of the transformer that makes the first queries.
-        tokenizer: texts to their tokens, int64 (texts, 77) with zeros at the end; None to train without the contrast.
+        tokenizer: "clip" for CLIP's, from the package open_clip_torch, which is imported when training begins; or a
+            function of texts, to int64 (texts, 77) with zeros at the end. None to train without the contrast.
         class_names: for the texts; their encoder has `text_layers`, and `text_context` learned texts of its own.
         task_shares: how often a model of the task "panoptic" is trained for "semantic", "instance" and "panoptic".
     """
@@ -305,17 +334,17 @@ class OneFormer(Universal):
         overlap_threshold: float = 0.8,
         instances: int = 100,
         combine_first: bool | None = None,
-        tokenizer: Callable[[list[str]], Tensor] | None = None,
+        tokenizer: str | Tokenizer | None = None,
         class_names: Sequence[str] | None = None,
         text_layers: int = 6,
         text_context: int = 16,
-        task_shares: Sequence[float] = (1 / 3, 1 / 3, 1 / 3),
+        task_shares: Sequence[float] = (0.33, 0.33, 0.34),
     ) -> None:
         strides = check_sizes(backbone, backbone_kwargs, width, heads)
         if len(task_shares) != 3 or min(task_shares) < 0 or abs(sum(task_shares) - 1) > 1e-6:
             raise UserError(f"task_shares={list(task_shares)}: give three numbers from 0, with the sum 1.")
-        if tokenizer is not None and (class_names is None or len(class_names) != num_classes):
-            raise UserError(f"class_names={class_names}: a tokenizer needs the names of the {num_classes} classes.")
+        if tokenizer is not None:
+            check_texts(tokenizer, class_names, num_classes, width, queries, text_context)
         config = OneFormerConfig(
             backbone_config=TimmConfig(backbone, backbone_kwargs),
             num_labels=num_classes,
@@ -360,17 +389,17 @@ class OneFormer(Universal):
                 layer.self_attn.register_forward_pre_hook(_look_back, with_kwargs=True)
 
     def train(self, mode: bool = True) -> OneFormer:
+        """Texts and the pixel decoder's dropout are for training, which transformers leaves to the configuration."""
         super().train(mode)
+        self.network.model.is_training = mode and self.tokenizer is not None
         for layer in self.network.model.pixel_level_module.decoder.encoder.layers:
-            layer.is_training = mode  # of its dropout, which transformers leaves to the configuration
+            layer.is_training = mode
         return self
 
     def run(self, batch: Tensor, tasks: Sequence[str], **kwargs: Any) -> Any:
         tokens = torch.zeros(len(batch), CONTEXT, device=batch.device)
         for row, task in zip(tokens, tasks, strict=True):
             row[: len(TASK_TOKENS[task])] = torch.tensor(TASK_TOKENS[task], dtype=row.dtype, device=row.device)
-        if self.network.model.is_training and "text_inputs" not in kwargs:  # texts are of no use here, but asked for
-            kwargs["text_inputs"] = torch.zeros(1, 1, CONTEXT, dtype=torch.long, device=batch.device)
         return self.network(batch, tokens, **kwargs)
 
     def losses(self, batch: Tensor, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
@@ -383,7 +412,8 @@ class OneFormer(Universal):
         masks, labels = zip(*truth, strict=True)
         texts = {}
         if self.tokenizer is not None:
-            tokens = [self.tokenizer(self.texts(x.tolist(), task)) for x, task in zip(labels, tasks, strict=True)]
+            tokenize = find_tokenizer(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
+            tokens = [tokenize(self.texts(x.tolist(), task)) for x, task in zip(labels, tasks, strict=True)]
             texts["text_inputs"] = torch.stack(tokens).to(batch.device)
         found = self.run(batch, tasks, output_auxiliary_logits=True, **texts)
         with torch.autocast(batch.device.type, enabled=False):
@@ -412,6 +442,21 @@ def _look_back(attention: nn.MultiheadAttention, args: tuple, kwargs: dict) -> t
     length = args[0].shape[0]
     mask = torch.full((length, length), float("-inf"), device=args[0].device, dtype=args[0].dtype).triu(1)
     return args, kwargs | {"attn_mask": mask}
+
+
+def check_texts(
+    tokenizer: str | Tokenizer, class_names: Sequence[str] | None, num_classes: int, width: int, queries: int,
+    text_context: int,
+) -> None:  # fmt: skip
+    """Raises UserError for what OneFormer cannot make texts of, or not read them with."""
+    if isinstance(tokenizer, str) and tokenizer not in TOKENIZERS:
+        raise UserError(f"tokenizer={tokenizer}: no such tokenizer. Known: {', '.join(TOKENIZERS)}.")
+    if class_names is None or len(class_names) != num_classes:
+        raise UserError(f"class_names={class_names}: a tokenizer needs the names of the {num_classes} classes.")
+    if queries <= text_context:
+        raise UserError(f"queries={queries}: with a tokenizer, must be more than text_context={text_context}.")
+    if width % 64:
+        raise UserError(f"width={width}: with a tokenizer, must be a multiple of 64.")
 
 
 def check_sizes(backbone: str, backbone_kwargs: dict[str, Any] | None, width: int, heads: int) -> list[int]:

@@ -124,8 +124,10 @@ class DenseTask(Task):
         )  # fmt: skip
 
     def arguments(self) -> dict[str, Any]:
-        """The model's arguments, stochastic depth among those of the backbone."""
+        """The model's arguments, stochastic depth among those of the backbone, names of the classes for texts."""
         arguments = to_dict(self.model["kwargs"])
+        if arguments.get("tokenizer"):
+            arguments = {"class_names": self.classes, **arguments}
         if self.model["drop_path_rate"] is not None:
             inner = {**arguments.get("backbone_kwargs", {}), "drop_path_rate": self.model["drop_path_rate"]}
             arguments["backbone_kwargs"] = inner

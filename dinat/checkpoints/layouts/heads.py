@@ -29,7 +29,8 @@ class Head:
         classifier: our name of a parameter with one entry for each class, and perhaps one more.
         per_class: a pattern of our names: of all that depends on the number of classes.
         optional: a pattern of our names: of parts that a model may be made without.
-        constants: our names of buffers that files may lack.
+        of_training: another, of a part that files may lack as well.
+        constants: our names of single tensors that files may lack.
     """
 
     rows: Sequence[Row]
@@ -37,6 +38,7 @@ class Head:
     classifier: str
     per_class: str
     optional: str = "$^"
+    of_training: str = "$^"
     constants: tuple[str, ...] = ()
 
 
@@ -79,8 +81,9 @@ HEADS = {
         sign=r"\btask_mlp\.",
         classifier="network.model.transformer_module.decoder.class_embed.bias",
         per_class=r"network\.(?:model\.transformer_module\.decoder\.class_embed|criterion\.empty_weight)",
-        optional=r"network\.(?:model\.text_mapper\.|criterion\.logit_scale$)",
-        constants=_EMPTY_WEIGHT,
+        optional=r"network\.criterion\.logit_scale$",
+        of_training=r"network\.model\.text_mapper\.",
+        constants=(*_EMPTY_WEIGHT, "network.criterion.logit_scale"),
     ),
 }
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 import dinat.dense
 from dinat.dense import PUBLISHED
+from dinat.dense.huggingface import save_pretrained
+from dinat.dense.texts import TASK_TOKENS
 
 DETECTOR, SEMANTIC = "mask_rcnn_dinat_mini.coco", "upernet_nat_small.ade20k"
 INSTANCES, PANOPTIC = "mask2former_dinat_large.cityscapes_instance", "oneformer_dinat_large.cityscapes"
@@ -163,6 +165,22 @@ def test_transformers_and_back(dinat, weights, tmp_path):
         assert status == 0, err
         back = load_file(tmp_path / "back" / "model.safetensors")
         assert all(torch.equal(value, back[key]) for key, value in state.items())
+
+
+def test_folders_of_transformers_read_no_texts(tiny, tmp_path):
+    """There, a OneFormer with a text encoder demands texts for every image, and cannot predict."""
+    from transformers import OneFormerForUniversalSegmentation
+
+    names = PUBLISHED[PANOPTIC].classes.names
+    model = tiny(PANOPTIC, width=64, queries=17, tokenizer="clip", class_names=names, text_layers=1).eval()
+    save_pretrained(model, tmp_path, names)
+    again, info = OneFormerForUniversalSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    image, task = torch.randn(1, 3, 64, 96), torch.zeros(1, 77)
+    task[0, :7] = torch.tensor(TASK_TOKENS["panoptic"])
+    with torch.no_grad():
+        logits, _ = model(image)
+        torch.testing.assert_close(again.eval()(image, task).class_queries_logits, logits)
 
 
 def test_transformers_has_no_dinat_s(dinat, weights, tmp_path):

@@ -1,5 +1,8 @@
 """Mask2Former and OneFormer: the original's outputs and post-processing, the original's loss written down plainly."""
 
+import math
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,7 +11,8 @@ from transformers.modeling_outputs import BackboneOutput
 
 import dinat.dense
 from dinat.dense import postprocess
-from dinat.dense.mask2former import TASK_TOKENS
+from dinat.dense.mask2former import OneFormerCriterion
+from dinat.dense.texts import TASK_TOKENS, find_tokenizer
 from dinat.errors import UserError
 
 PICO = dict(stem_stride=4, depths=(1, 1, 1), kernel_size=3, dilations=[[2], [1], [1]])
@@ -183,6 +187,14 @@ def test_segments_of_each_task():
         model.segments({"semantic": plain}, "panoptic", (2, 2))
 
 
+TEXTS = dict(width=64, queries=6, text_layers=1, text_context=2, class_names=["tree", "car", "sky"], task="detection")
+
+
+def a_car_a_tree_and_a_car():
+    masks = tv_tensors.Mask(torch.ones(3, 32, 32, dtype=torch.bool))
+    return [torch.randn(3, 32, 32)], [{"masks": masks, "labels": torch.tensor([1, 0, 1])}]
+
+
 def test_texts_of_oneformer():
     seen = []
 
@@ -192,17 +204,47 @@ def test_texts_of_oneformer():
         tokens[:, 0], tokens[:, 1] = 49406, 49407
         return tokens
 
-    model = tiny(
-        "oneformer", width=64, queries=6, text_layers=1, text_context=2, tokenizer=tokenizer,
-        class_names=["tree", "car", "sky"], task="detection",
-    )  # fmt: skip
-    masks = tv_tensors.Mask(torch.ones(3, 32, 32, dtype=torch.bool))
-    losses = model([torch.randn(3, 32, 32)], [{"masks": masks, "labels": torch.tensor([1, 0, 1])}])
+    model = tiny("oneformer", tokenizer=tokenizer, **TEXTS)
+    losses = model(*a_car_a_tree_and_a_car())
     assert seen == [["a photo with a tree", "a photo with a car", "a photo with a car", "an instance photo"]]
     assert losses.keys() == {"loss_class", "loss_mask", "loss_dice", "loss_contrastive"}
     sum(losses.values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert model.eval().predict([torch.randn(3, 32, 32)])[0]["masks"].shape[1:] == (32, 32)
+
+
+def test_tokens_of_clip():
+    """Against those that CLIP and OneFormer published."""
+    found = find_tokenizer("clip")(["a photo with a cat", "The task is panoptic", "the task is semantic", "cat " * 90])
+    assert (found.dtype, found.shape) == (torch.int64, (4, 77))
+    assert found[0].tolist() == [49406, 320, 1125, 593, 320, 2368, 49407] + [0] * 70
+    assert found[1].tolist() == [*TASK_TOKENS["panoptic"]] + [0] * 70
+    assert found[2].tolist() == [*TASK_TOKENS["semantic"]] + [0] * 70
+    assert found[3].tolist() == [49406] + [2368] * 75 + [49407]
+
+
+def test_only_training_reads_texts(monkeypatch):
+    """A model with a text encoder predicts where CLIP's package is not installed, and says what its training lacks."""
+    model = tiny("oneformer", tokenizer="clip", **TEXTS)
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    monkeypatch.delitem(sys.modules, "open_clip.tokenizer", raising=False)
+    find_tokenizer.cache_clear()
+    monkeypatch.setattr(model.network.model.text_mapper, "forward", None)
+    assert model.eval().predict([torch.randn(3, 32, 32)])[0]["masks"].shape[1:] == (32, 32)
+    with pytest.raises(
+        UserError, match=r'tokenizer=clip needs open_clip, not installed here: pip install "dinat\[dense\]"'
+    ):
+        model.train()(*a_car_a_tree_and_a_car())
+
+
+def test_contrast():
+    """Worked out by hand: of two images, the queries of the first look like both texts."""
+    criterion = OneFormerCriterion(3, None, {}, 0.1, 64, 3.0, 0.75, contrastive_temperature=1.0)
+    queries, texts = torch.tensor([[[2.0, 0.0]], [[0.0, 3.0]]]), torch.tensor([[[3.0, 4.0]], [[5.0, 0.0]]])
+    # cosines: 0.6 and 1 of the first queries, 0.8 and 0 of the second
+    of_images = (math.log(math.exp(0.6) + math.exp(1)) - 0.6 + math.log(math.exp(0.8) + 1)) / 2
+    of_texts = (math.log(math.exp(0.6) + math.exp(0.8)) - 0.6 + math.log(math.exp(1) + 1)) / 2
+    assert criterion.loss_contrastive(queries, texts)["loss_contrastive"].item() == pytest.approx(of_images + of_texts)
 
 
 def test_oneformer_draws_a_task_per_image(monkeypatch):
@@ -252,5 +294,11 @@ def test_bad_arguments():
     for shares in ((0.5, 0.5), (0.5, 0.4, 0.0), (-0.5, 1.0, 0.5)):
         with pytest.raises(UserError, match=r"task_shares=.*: give three numbers from 0, with the sum 1"):
             tiny("oneformer", task_shares=shares)
-    with pytest.raises(UserError, match=r"class_names=None: a tokenizer needs the names of the 3 classes"):
-        tiny("oneformer", tokenizer=list)
+    for kwargs, message in (
+        (dict(class_names=None), "class_names=None: a tokenizer needs the names of the 3 classes"),
+        (dict(tokenizer="klip"), r"tokenizer=klip: no such tokenizer\. Known: clip\."),
+        (dict(queries=2), r"queries=2: with a tokenizer, must be more than text_context=2\."),
+        (dict(width=32), r"width=32: with a tokenizer, must be a multiple of 64\."),
+    ):
+        with pytest.raises(UserError, match=message):
+            tiny("oneformer", **{**TEXTS, "tokenizer": "clip", **kwargs})

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import re
 
 import pytest
@@ -192,6 +193,34 @@ def test_files_may_lack_the_weights_of_classes_in_the_loss(tiny, randomized, as_
     again = tiny(name, pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")})
     assert same(again, state, but=["network.criterion.empty_weight"])
     assert again.state_dict()["network.criterion.empty_weight"].tolist() == pytest.approx([1.0] * 8 + [0.1])
+
+
+def test_text_encoders_may_be_on_either_side(tiny, randomized, as_published, tmp_path, caplog):
+    """A file and a model may both have OneFormer's, which is for training, or one of them, or none."""
+    name, options = "oneformer_dinat_large.cityscapes", dict(width=64, queries=17)
+    texts = options | dict(tokenizer="clip", class_names=PUBLISHED[name].classes.names, text_layers=1)
+    (model, state), (plain, _) = randomized(name, **texts), randomized(name, **options)
+    read = {key for key in state if ".text_mapper." in key}
+    assert len(read) == 12 + 1 + 1 + 2 + 4 + 1  # a layer, both embeddings, the norm, the projector, texts of its own
+    with_texts, file = as_published(model), tmp_path / "weights.pth"
+
+    def loaded(content, **kwargs):
+        torch.save({"model": content}, file)
+        caplog.clear()
+        return tiny(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}, **kwargs)
+
+    scale = {"criterion.logit_scale": state["network.criterion.logit_scale"]}
+    assert same(loaded(with_texts | scale, **texts), state)
+    assert same(loaded(with_texts | scale, **options), state)
+    assert "tensors are of parts that the model was made without: network." in caplog.text
+    without = as_published(plain)
+    again, anew = loaded(without, **texts), [*read, "network.criterion.logit_scale"]
+    fitted = plain.state_dict() | {key: again.state_dict()[key] for key in anew}
+    assert same(again, fitted)
+    assert again.state_dict()["network.criterion.logit_scale"].item() == pytest.approx(math.log(1 / 0.07))
+    assert f"{len(read)} tensors that the checkpoint lacks start anew: network.model.text_mapper" in caplog.text
+    with pytest.raises(CheckpointError, match=r"1 entries differ \(lacks network\.model\.text_mapper\.prompt_ctx"):
+        loaded({key: value for key, value in with_texts.items() if key != "prompt_ctx.weight"}, **texts)
 
 
 @pytest.mark.parametrize(

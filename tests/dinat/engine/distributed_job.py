@@ -2,7 +2,7 @@
 
 Usage: distributed_job.py CONFIGS OUTPUT, with CONFIGS a JSON file of {job: {"kind": ..., "cfg": ...}}. Kinds: eval;
 train; stop, training in which process 1 alone is told to stop after two updates; facts, training that also tells the
-facts that random draws were derived from.
+facts that random draws were derived from; contrast, OneFormer's loss of every second row of `queries` and `texts`.
 """
 
 import json
@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -69,6 +70,18 @@ def facts(cfg, run):
     return found
 
 
+def contrast(cfg, run):
+    """The loss, and its gradients."""
+    from dinat.dense.mask2former import OneFormerCriterion
+
+    criterion = OneFormerCriterion(3, None, {}, 0.1, 64, 3.0, 0.75, contrastive_temperature=0.5)
+    queries, texts = (torch.tensor(cfg[name])[rank::2].requires_grad_() for name in ("queries", "texts"))
+    loss = criterion.loss_contrastive(queries, texts)["loss_contrastive"]
+    loss.backward()
+    gradients = {"queries": queries.grad, "texts": texts.grad, "scale": criterion.logit_scale.grad}
+    return {"loss": loss.item(), **{name: gradient.tolist() for name, gradient in gradients.items()}}
+
+
 training.Trainer = Observed
 scenes.VALIDATION_SCENES = 7  # divides by nothing
 distributed.SHARDED_NUMEL = 100  # blocks of the tiny model are to be sharded like those of a large one
@@ -78,8 +91,8 @@ for name, job in jobs.items():
     run = output / (name if rank == 0 else f"{name}-of-rank-{rank}")
     if job["kind"] == "eval":
         result = evaluate(cfg)
-    elif job["kind"] in ("stop", "facts"):
-        result = {"stop": stopped, "facts": facts}[job["kind"]](cfg, run)
+    elif job["kind"] in ("stop", "facts", "contrast"):
+        result = {"stop": stopped, "facts": facts, "contrast": contrast}[job["kind"]](cfg, run)
     else:
         score = train(cfg, run)
         final = trainers[-1].final

@@ -159,9 +159,10 @@ SCHEDULES = {
 @cache
 def build(method, backbone):
     """A published model with that backbone, without memory: names and modules are those of the others too."""
-    name = next(n for n, row in dense.PUBLISHED.items() if (row.method, row.backbone) == (method, backbone))
+    name, row = next((n, r) for n, r in dense.PUBLISHED.items() if (r.method, r.backbone) == (method, backbone))
+    texts = {"tokenizer": "clip", "class_names": row.classes.names} if method == "oneformer" else {}
     with torch.device("meta"):
-        return dense.create_model(name)
+        return dense.create_model(name, **texts)
 
 
 def test_every_published_model_has_one():
@@ -247,9 +248,19 @@ def test_clipping_and_batch_norm(compose, name, clip, synchronized):
     assert (cfg.runtime.sync_batchnorm, cfg.runtime.compile) == (synchronized, False)
 
 
-def test_oneformer_of_mapillary_is_never_trained_for_the_panoptic_task(compose):
-    cfg = compose("experiment=oneformer_dinat_large_mapillary", "data.root=/data")
-    assert to_dict(cfg.model.kwargs) == {"task_shares": [0.5, 0.5, 0.0]}
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("oneformer")])
+def test_tasks_and_texts_of_oneformer(compose, name):
+    """Texts are CLIP's, and tasks are drawn by TASK_PROB, cumulated: never the panoptic one of Mapillary Vistas."""
+    cfg = compose(f"experiment={name}", "data.root=/data")
+    model = build("oneformer", dense.PUBLISHED[RECIPES[name].model].backbone)
+    kwargs = to_dict(cfg.model.kwargs)
+    semantic, instance = (0.5, 1.0) if name.endswith("mapillary") else (0.33, 0.66)
+    shares = kwargs.pop("task_shares", model.task_shares)
+    assert torch.tensor(shares).cumsum(0).tolist() == pytest.approx([semantic, instance, 1])
+    assert kwargs == {"tokenizer": "clip"}
+    config = model.network.config
+    assert (config.text_encoder_width, config.text_encoder_num_layers, config.text_encoder_n_ctx) == (256, 6, 16)
+    assert (config.contrastive_weight, config.contrastive_temperature) == (0.5, 0.07)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,11 @@ MIXED = ("augment=imagenet", "model.drop_path_rate=0.2", "ema.decay=0.8", "runti
 
 
 DENSE = ("detection", "semantic", "panoptic")
+# of four images: two queries, and two texts, of three numbers each
+CONTRAST = {
+    "queries": [[[1.0, 2, 0], [0, 1, 1]], [[3, 0, 1], [1, 1, 1]], [[0, 0, 2], [1, 2, 0]], [[1, 0, 0], [0, 3, 1]]],
+    "texts": [[[1.0, 1, 0], [0, 2, 1]], [[1, 0, 2], [3, 0, 0]], [[0, 1, 1], [2, 1, 0]], [[0, 4, 1], [1, 0, 0]]],
+}
 
 
 def weights(run):
@@ -41,6 +46,7 @@ def two(tiny, trained, scenes, evaluation, python, tmp_path_factory, digits_fold
         "still": ("train", tiny(*STILL)),
         "stop": ("stop", tiny("checkpoint.every_steps=1")),
         "facts": ("facts", tiny("seed=7", "runtime.grad_accum=2")),
+        "contrast": ("contrast", OmegaConf.create(CONTRAST)),
         "eval": ("eval", evaluation(f"checkpoint={trained[0]}", f"output={output}", "per_class=true")),
     }
     for task in DENSE:
@@ -84,6 +90,23 @@ def test_the_number_of_processes_does_not_matter(two, tiny, tmp_path, job):
 def test_parameters_are_sharded_under_fsdp(two):
     """`runtime.parallel`: each process has half of a parameter, or all of it."""
     assert [two[0][job][0]["sharded"] > 0 for job in ("ddp", "fsdp")] == [False, True]
+
+
+def test_texts_are_told_from_those_of_all_processes(two):
+    """OneFormer's contrast: each process has two of four images, and the mean is that of all four."""
+    queries, texts = (torch.tensor(CONTRAST[name]).double().requires_grad_() for name in ("queries", "texts"))
+    scale = torch.tensor(1 / 0.5).double().log().requires_grad_()
+    cosines = torch.nn.functional.cosine_similarity(queries.flatten(1)[:, None], texts.flatten(1), dim=2)
+    right = (scale.exp() * cosines).softmax(1).diagonal(), (scale.exp() * cosines).softmax(0).diagonal()
+    loss = -sum(probability.log().mean() for probability in right)
+    loss.backward()
+    found = two[0]["contrast"]
+    assert sum(one["loss"] for one in found) / 2 == pytest.approx(loss.item())
+    assert sum(one["scale"] for one in found) / 2 == pytest.approx(scale.grad.item(), rel=1e-4)
+    for rank, one in enumerate(found):  # of a sum of two processes; DistributedDataParallel takes the mean
+        for name, whole in (("queries", queries), ("texts", texts)):
+            mine = torch.tensor(one[name]) / 2
+            torch.testing.assert_close(mine, whole.grad[rank::2].float(), rtol=1e-4, atol=1e-6)
 
 
 def test_device(monkeypatch):

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from dinat import dense
 from dinat.classes import CLASSES
+from dinat.data import scenes
+from dinat.dense import mask2former
+from dinat.dense.mask2former import OneFormer
 from dinat.engine import evaluate, train
 from dinat.errors import UserError
 
@@ -189,6 +192,32 @@ def test_ones_own_classes_in_the_place_of_the_published(compose, tmp_path):
     }
     assert new <= differing
     assert all("running" in key or "num_batches" in key for key in differing - new)
+
+
+def test_texts_of_a_recipe(compose, tmp_path, monkeypatch):
+    """OneFormer's recipes train the contrast with texts about the data's classes; what comes out needs no tokenizer."""
+    cfg = compose(
+        "experiment=oneformer_dinat_large_coco", "model.pretrained=false", "data=digit_scenes", "data.img_size=32",
+        "++data.kwargs={digits: [1, 2], digit_size: [12, 20], scenes: 8}", "data.eval_transform=[]",
+        "augment.transform=[]", "runtime=default", "runtime.device=cpu", "batch_size=4", "scheduler.updates=2",
+    )  # fmt: skip
+    queries = {**QUERIES, "queries": 20, "points": 64, "text_layers": 1, "backbone_kwargs": BACKBONE}
+    OmegaConf.update(cfg, "model.kwargs", queries, force_add=True)
+    seen, texts = [], OneFormer.texts
+    monkeypatch.setattr(scenes, "VALIDATION_SCENES", 2)
+    monkeypatch.setattr(OneFormer, "texts", lambda *args: (seen.append(texts(*args)), seen[-1])[1])
+    train(cfg, tmp_path)
+    assert len(seen) == 8
+    sentences = {text for one in seen for text in one}
+    assert sentences & {f"a photo with a {digit}" for digit in range(10)}
+    (row,) = csv.DictReader((tmp_path / "summary.csv").open())
+    assert 0 < float(row["train_loss_contrastive"]) < float("inf")
+    described = dense.read_config(tmp_path)
+    assert described["model"]["kwargs"]["tokenizer"] == "clip"
+    assert described["model"]["kwargs"]["class_names"] == described["label_names"]
+    monkeypatch.setattr(mask2former, "find_tokenizer", None)
+    model = dense.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert model.predict([torch.zeros(3, 40, 56)])[0]["panoptic"].shape == (40, 56)
 
 
 def plain_maps(model, images, scales, flips):
