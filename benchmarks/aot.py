@@ -12,7 +12,8 @@ that a launch finds its kernel in the cache; no GPU is touched.
 
 Columns: `kernel` is forward, or of the backward pass query (with the gradients of keys, values and bias where it can),
 rpb (the gradient of the bias where it cannot) or key.  A program does the same tile of up to `images` images.
-`launches`: of this kernel, and of PyTorch's that zero the parts of the bias table and add them up.
+`launches`: of this kernel, and of PyTorch's that add up the parts of the bias table, and zero them where programs have
+no tile.
 Instruction counts are per warp; `block_*` inside the loop with the products (over key blocks or images; the whole
 kernel where there is none), `other` outside it, each instruction once.  `in_flight`: groups of asynchronous copies that
 the loop does not wait for; empty where it waits for none.  `programs`: that a multiprocessor holds; `waves`: the
@@ -268,7 +269,7 @@ def row(arch: str, case: Case, launch: Launch, compiled_kernel: Any) -> dict:
         block="{3}x{4}".format(*constants["BOX"]) + f"/{constants['BQ' if kernel == 'key' else 'BK']}",
         blocks=constants["BOX"][-1] if kernel != "rpb" else 1,
         images=plan.integers[-1],
-        launches=3 if constants.get("GRAD_RPB") else 1,
+        launches=1 + (2 - plan.complete if constants.get("GRAD_RPB") else 0),
         num_warps=plan.options["num_warps"],
         num_stages=plan.options["num_stages"],
         registers=compiled.registers,

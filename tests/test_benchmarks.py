@@ -104,7 +104,9 @@ def test_host_overhead():
     """In a process of its own, as it lets Triton accept CPU tensors."""
     command = [sys.executable, ROOT / "benchmarks" / "host_overhead.py"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert [line.split()[0] for line in printed.splitlines()] == ["addition", "inference", "autograd"]
+    both = ["PyTorch, both passes without bias", "both passes without bias", "PyTorch, both passes", "both passes"]
+    assert [line[:34].strip() for line in printed.splitlines()] == ["inference", "addition", "forward", *both]
+    assert all(float(line[34:].split()[0]) > 0 for line in printed.splitlines())
 
 
 def test_jobs_of_dense_prediction(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .geometry import Neighborhood, check_fits, make_neighborhood
-from .impl import prepare, reference, resolve
+from .impl import reference, resolve
 from .impl.layout import PREPARED, Forward, Layout, layouts_of, problem_of, unpacked
 from .impl.precision import autocast_dtype, autocast_tensor
 from .impl.tiled import unrolled
@@ -82,22 +82,29 @@ def _scale(scale: float | None, query: Tensor | Layout) -> float:
 
 
 @lru_cache(maxsize=PREPARED)
-def _checked(rank: int, window: Window, scale: float | None, problem: tuple) -> tuple[Neighborhood, float]:
-    """`_check`, which remembers what passed; problem as `problem_of`."""
-    return _check(rank, window, scale, *layouts_of(problem))
-
-
-@lru_cache(maxsize=PREPARED)
 def _prepare(
-    rank: int, window: Window, scale: float | None, problem: tuple, backend: str | None, with_lse: bool
+    rank: int,
+    window: Window,
+    scale: float | None,
+    problem: tuple,
+    backend: str | None,
+    with_lse: bool,
+    with_grad: bool,
 ) -> Forward:
-    """What runs for tensors of these layouts, once all arguments are found to be right."""
-    neighborhood, scale = _checked(rank, window, scale, problem)
-    query, _, value, _ = layouts_of(problem)
+    """What runs for tensors of these layouts that nobody watches, once all arguments are found to be right.
+
+    Args:
+        problem: as `problem_of`.
+        with_grad: whether autograd will want to differentiate it.
+    """
+    query, key, value, rpb = layouts_of(problem)
+    neighborhood, scale = _check(rank, window, scale, query, key, value, rpb)
+    name = resolve(backend, query, value)
     if query.device.type == "meta":
-        name = resolve(backend, query, value)
         return partial(ops.attention, window=neighborhood, scale=scale, backend=name, with_lse=with_lse)
-    return prepare(backend, problem, neighborhood, scale, with_lse=with_lse)
+    if with_grad and name != "reference":  # which is made of operations that autograd knows
+        return ops.differentiable(name, neighborhood, scale, problem)
+    return ops.prepared(name, tuple(neighborhood.flat()), scale, problem, with_lse).forward
 
 
 def _hashable(rank: int, *window: Ints | Bools) -> Window:
@@ -127,23 +134,21 @@ def attend(
     """
     if not isinstance(scale, _SCALES):
         raise ValueError(f"scale must be a number or None, got {scale!r}")
-    if ops.is_plain(query, key, value, rpb):  # the dispatcher would come to the same, tens of microseconds later
-        run = _prepare(rank, window, scale, problem_of(query, key, value, rpb), backend, return_lse)
-        out, lse = run(query, key, value, rpb)
-        return (out, lse) if return_lse else out
-
     autocast = autocast_dtype(query.device.type)
     if autocast is not None:  # the bias keeps its dtype: it is added to float32 logits
         query, key, value = (x if x is None else autocast_tensor(x, autocast) for x in (query, key, value))
-    watched = ops.is_watched(query, key, value, rpb)
-    if not watched:
-        neighborhood, scale = _checked(rank, window, scale, problem_of(query, key, value, rpb))
-    elif torch.jit.is_tracing():  # where sizes are tensors
+    if not ops.is_watched(query, key, value, rpb):  # the dispatcher would come to the same, much later
+        with_grad = ops.needs_grad(query, key, value, rpb)
+        run = _prepare(rank, window, scale, problem_of(query, key, value, rpb), backend, return_lse, with_grad)
+        out, lse = run(query, key, value, rpb)
+        return (out, lse) if return_lse else out
+
+    if torch.jit.is_tracing():  # where sizes are tensors
         neighborhood, scale = make_neighborhood(rank, *window), _scale(scale, query)
     else:
         neighborhood, scale = _check(rank, window, scale, *unpacked(query, key, value), rpb)
     # An exported program should run anywhere: the choice is then the backend that consists of ATen operations.
-    inline = watched and _can_inline(query)
+    inline = _can_inline(query)
     name = "torch" if backend is None and inline else resolve(backend, query, query if value is None else value)
 
     if name == "reference":

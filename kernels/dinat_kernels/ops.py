@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .geometry import Neighborhood, check_fits
-from .impl import implementation, prepare, resolve
+from .impl import Passes, prepare
 from .impl.layout import PREPARED, Forward, layouts_of, problem_of, unpacked
-from .impl.precision import without_autocast, working_dtype
+from .impl.precision import working_dtype
 
 _lib = torch.library.Library("dinat_kernels", "DEF")
 # Without key and value, the query is a packed projection (..., 3, heads, dim) of all three.  The window is one list,
@@ -37,31 +37,25 @@ _lib.define(
 
 
 @lru_cache(maxsize=PREPARED)
-def _prepare(backend: str, flat_window: tuple[int, ...], scale: float, problem: tuple, with_lse: bool) -> Forward:
+def prepared(backend: str, flat_window: tuple[int, ...], scale: float, problem: tuple, with_lse: bool = True) -> Passes:
+    """What plain calls, autograd and the ops below run; problem as `problem_of`."""
     window = Neighborhood.from_flat(flat_window)
     check_fits(window, layouts_of(problem)[0].shape[1:-2])  # traced and scripted layers come here unchecked
     return prepare(backend or None, problem, window, scale, with_lse=with_lse)
 
 
 @torch.library.impl(_lib, "attention", "CompositeExplicitAutograd")
-@without_autocast
 def _attention(query, key, value, rpb, window, scale, backend, with_lse=True):
-    run = _prepare(backend, tuple(window), scale, problem_of(query, key, value, rpb), with_lse)
-    out, lse = run(query, key, value, rpb)
+    passes = prepared(backend, tuple(window), scale, problem_of(query, key, value, rpb), with_lse)
+    out, lse = passes.forward(query, key, value, rpb)
     return out, lse if with_lse else out.new_empty(0)
 
 
 @torch.library.impl(_lib, "attention_backward", "CompositeExplicitAutograd")
-@without_autocast
 def _attention_backward(grad_out, grad_lse, query, key, value, rpb, out, lse, window, scale, backend):
-    if not out.numel():
-        return [x.new_zeros(x.shape) for x in (query, key, value, rpb) if x is not None]
-    inputs = unpacked(query, key, value)
-    grads = [x.new_empty(x.shape) for x in (query, key, value) if x is not None]
-    views = grads[0].unbind(-3) if key is None else grads
-    run = implementation(resolve(backend or None, inputs[0], inputs[2])).attention_backward
-    grad_rpb = run(grad_out, grad_lse, *inputs, rpb, out, lse, Neighborhood.from_flat(window), scale, views)
-    return grads if rpb is None else [*grads, grad_rpb]
+    passes = prepared(backend, tuple(window), scale, problem_of(query, key, value, rpb))
+    run = passes.backward(grad_out.stride(), grad_lse is not None)
+    return run(grad_out, grad_lse, query, key, value, rpb, out, lse)
 
 
 @torch.library.register_fake("dinat_kernels::attention", lib=_lib)
@@ -86,14 +80,20 @@ def _save_for_backward(ctx, inputs, output):
         )
     ctx.save_for_backward(query, key, value, rpb, *output)
     ctx.set_materialize_grads(False)  # lse has none, most of the time
+    ctx.passes = None
 
 
 def _differentiate(ctx, grad_out, grad_lse):
-    backward = _Backward.apply if _in_functorch() else torch.ops.dinat_kernels.attention_backward
-    saved = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: checkpointing gives them no second time
     if grad_out is None:
         grad_out = torch.zeros_like(saved[4])
-    grads = iter(backward(grad_out, grad_lse, *saved, *ctx.arguments))
+    # With gradients enabled, somebody wants a second derivative: the op says that there is none.
+    if ctx.passes is not None and not (_is_grad_enabled() or is_watched(grad_out, grad_lse)):
+        grads = ctx.passes.backward(grad_out.stride(), grad_lse is not None)(grad_out, grad_lse, *saved)
+    else:
+        backward = _Backward.apply if _in_functorch() else torch.ops.dinat_kernels.attention_backward
+        grads = backward(grad_out, grad_lse, *saved, *ctx.arguments)
+    grads = iter(grads)
     return (*[None if x is None else next(grads) for x in saved[:4]], *[None] * (len(ctx.arguments) + 1))
 
 
@@ -108,13 +108,27 @@ torch.library.register_autograd("dinat_kernels::attention_backward", _refuse_dou
 
 
 class _Forward(torch.autograd.Function):
-    """The same derivative for torch.func, whose transforms reject what `register_autograd` generates, and for eager
-    execution, where that takes fifty microseconds longer.
+    """The same derivative for torch.func, whose transforms reject what `register_autograd` generates, and for dispatch
+    modes, where that takes fifty microseconds longer.
     """
 
     generate_vmap_rule = True
     forward = staticmethod(lambda *args: torch.ops.dinat_kernels.attention(*args))
     setup_context = staticmethod(_save_for_backward)
+    backward = staticmethod(_differentiate)
+
+
+class _Direct(torch.autograd.Function):
+    """The same derivative where nobody watches, without the dispatcher, which would take a hundred microseconds."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, rpb, *arguments_and_passes):
+        *arguments, passes = arguments_and_passes
+        output = passes.forward(query, key, value, rpb)
+        _save_for_backward(ctx, (query, key, value, rpb, *arguments, True), output)
+        ctx.passes = passes
+        return output
+
     backward = staticmethod(_differentiate)
 
 
@@ -132,11 +146,10 @@ def _in_functorch() -> bool:
 _PLAIN = (Tensor, Parameter, type(None))
 # Looked up once: on small maps, every step counts.
 _is_compiling, _is_grad_enabled = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
-_is_tracing, _is_transforming, _modes, _is_autocast = (
+_is_tracing, _is_transforming, _modes = (
     torch._C._is_tracing,
     torch._C._are_functorch_transforms_active,
     torch._C._len_torch_dispatch_stack,
-    torch._C._is_any_autocast_enabled,
 )
 
 
@@ -150,18 +163,20 @@ def is_watched(*tensors: Tensor | None) -> bool:
     return False
 
 
-def is_plain(query: Tensor, key: Tensor | None, value: Tensor | None, rpb: Tensor | None) -> bool:
-    """Whether all that PyTorch would do with a call on these tensors is to run it: no watcher, autocast or autograd."""
-    return not (is_watched(query, key, value, rpb) or _is_autocast() or _needs_grad(query, key, value, rpb))
-
-
-def _needs_grad(query: Tensor, key: Tensor | None, value: Tensor | None, rpb: Tensor | None) -> bool:
+def needs_grad(query: Tensor, key: Tensor | None, value: Tensor | None, rpb: Tensor | None) -> bool:
     """Whether autograd will want to differentiate a call on these tensors."""
     return _is_grad_enabled() and (
         query.requires_grad
         or (key is not None and (key.requires_grad or value.requires_grad))
         or (rpb is not None and rpb.requires_grad)
     )
+
+
+def differentiable(backend: str, window: Neighborhood, scale: float, problem: tuple) -> Forward:
+    """The forward op for tensors of these layouts that nobody watches, as autograd sees it; problem as `problem_of`."""
+    arguments = window.flat(), scale, backend
+    passes = prepared(backend, tuple(arguments[0]), scale, problem)
+    return lambda query, key, value, rpb: _Direct.apply(query, key, value, rpb, *arguments, passes)
 
 
 def attention(
@@ -184,7 +199,7 @@ def attention(
     compiling = torch.compiler.is_compiling()
     op = torch.ops.dinat_kernels.attention if compiling or torch.jit.is_tracing() else _Forward.apply
     # torch.compile compiles again once a gradient is wanted; whoever traces otherwise may want one later.
-    with_lse = with_lse or not compiling or torch.compiler.is_exporting() or _needs_grad(query, key, value, rpb)
+    with_lse = with_lse or not compiling or torch.compiler.is_exporting() or needs_grad(query, key, value, rpb)
     return op(query, key, value, rpb, window.flat(), scale, backend, with_lse)
 
 

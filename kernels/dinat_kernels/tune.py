@@ -81,7 +81,8 @@ def launches(
 
     def passes() -> None:
         out, lse = fused.prepare(call)(query, key, value, rpb)
-        fused.attention_backward(d_out, None, query, key, value, rpb, out, lse, window, scale, grads)
+        backward = fused.prepare_backward(call, layout_of(d_out), False, list(map(layout_of, grads)))
+        backward(d_out, None, query, key, value, rpb, out, lse, grads)
 
     return fused.launch.recorded(passes, gpu)
 

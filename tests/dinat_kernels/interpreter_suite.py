@@ -166,7 +166,7 @@ def test_halves(dtype, monkeypatch):
     monkeypatch.setattr(configs, "user_configs", lambda: classes)
     fused.launch.forget_plans()
     plans, make_plan = [], fused.launch.make_plan
-    monkeypatch.setattr(fused.launch, "_plan", lambda *args: plans.append(make_plan(*args)) or plans[-1])
+    monkeypatch.setattr(fused.launch, "make_plan", lambda *args: plans.append(make_plan(*args)) or plans[-1])
     window = dict(kernel_size=[4, 4])
     compare(PLAIN | dict(rank=2, shape=(2, 8, 8), head_dim=8, value_dim=8, window=window, dtype=dtype))
     assert {plan.extent for plan in plans} == {"halves"}
@@ -186,10 +186,13 @@ def of_packed(packed: torch.Tensor, rpb: torch.Tensor, window: Neighborhood, bac
     return [out, *torch.autograd.grad(out.sin().sum(), (packed, rpb))]
 
 
-@pytest.mark.parametrize("size", [(7, 8), (6, 6)], ids=["halo", "whole groups"])
-def test_gradients_of_a_packed_projection(size):
-    """Written where the projection's backward pass reads them, beside each other."""
-    packed, rpb = torch.randn(2, *size, 3, 2, 8, requires_grad=True), torch.randn(2, 5, 5, requires_grad=True)
+@pytest.mark.parametrize(
+    ("size", "gap"), [((7, 8), 1), ((7, 8), 2), ((6, 6), 1)], ids=["halo", "with a gap", "whole groups"]
+)
+def test_gradients_of_a_packed_projection(size, gap):
+    """Written where the projection's backward pass reads them, beside each other, wherever it lies itself."""
+    packed = torch.randn(2, *size, 3 * gap, 2, 8)[..., ::gap, :, :].requires_grad_()
+    rpb = torch.randn(2, 5, 5, requires_grad=True)
     window = make_neighborhood(2, 3, 2)
     for result, exact in zip(*(of_packed(packed, rpb, window, name) for name in ("triton", "reference")), strict=True):
         torch.testing.assert_close(result, exact, atol=5e-5, rtol=0)
@@ -206,7 +209,8 @@ def test_offsets_of_64_bits(monkeypatch):
         plan = make_plan(*args)
         return plan._replace(constants=plan.constants | dict(WIDE=True))
 
-    monkeypatch.setattr(fused.launch, "_plan", wide)
+    monkeypatch.setattr(fused.launch, "make_plan", wide)
+    fused.launch.forget_plans()
     torch.testing.assert_close(of_packed(packed, rpb, window, "triton"), expected, atol=0, rtol=0)
 
 

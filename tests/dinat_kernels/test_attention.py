@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dinat_kernels import functional, na1d, na2d, na3d
+from dinat_kernels import functional, na1d, na2d, na3d, ops
 from dinat_kernels.geometry import make_neighborhood
 from dinat_kernels.impl import tiled
 from dinat_kernels.impl.layout import Call, Layout
@@ -38,6 +38,12 @@ def golden_inputs(case: dict, fill) -> dict[str, torch.Tensor]:
         table = (case["heads"],) + (2 * case["kernel_size"] - 1,) * case["rank"]
         inputs["rpb"] = fill.tensor_for_input(f"{prefix}/rpb", table)
     return inputs
+
+
+def forget() -> None:
+    """Prepare what follows anew."""
+    functional._prepare.cache_clear()
+    ops.prepared.cache_clear()
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
@@ -259,8 +265,10 @@ def test_no_tensor_grows_faster_than_the_map(dilation, monkeypatch):
         window = make_neighborhood(2, 7, dilation)
         with LargestTensor() as record:
             layout = Layout(q.shape, q.stride(), q.dtype, q.device)
-            out, lse = tiled.prepare(Call(layout, layout, layout, None, window, 1.0, True, None))(q, q, q, None)
-            tiled.attention_backward(out, lse, q, q, q, None, out, lse, window, 1.0, [torch.empty_like(q)] * 3)
+            call = Call(layout, layout, layout, None, window, 1.0, True, None)
+            out, lse = tiled.prepare(call)(q, q, q, None)
+            backward = tiled.prepare_backward(call, layout, True, [layout] * 3)
+            backward(out, lse, q, q, q, None, out, lse, [torch.empty_like(q)] * 3)
         return record.numel
 
     for side in (32, 64, 128):
@@ -380,7 +388,7 @@ def test_layouts_of_the_fused_path(layout, batch, small, monkeypatch):
     if small:  # several calls, of some images or some rows of tiles
         monkeypatch.setattr(cpu, "_SCRATCH", 40_000)
         monkeypatch.setattr(cpu, "_BIAS_CHUNK", 5_000)
-    functional._prepare.cache_clear()
+    forget()
     torch.manual_seed(0)
     assert plan.plan_of((14, 15), make_neighborhood(2, 7), cpu._COSTS_OF_ONE_IMAGE).are_halves
     for size, dilation in [((7, 9), 1), ((14, 15), 1), ((14, 15), 2), ((21, 17), 1)]:
@@ -394,7 +402,7 @@ def test_layouts_of_the_fused_path(layout, batch, small, monkeypatch):
                 assert lse.is_contiguous()
                 out = na2d(q, k, v, 7, dilation=dilation, rpb=rpb, backend="torch")
                 torch.testing.assert_close(out, expected[0], atol=2e-5, rtol=0)
-    functional._prepare.cache_clear()
+    forget()
 
 
 PACKED = {
@@ -446,14 +454,14 @@ def test_a_bias_for_several_images(monkeypatch):
     p = plan.plan_of((21, 17), window, cpu._COSTS)
     assert not p.uniform
     monkeypatch.setattr(cpu, "_BIAS_OF_IMAGES", 2 * 2 * math.prod(p.counts) * p.query_slots * p.key_slots)
-    functional._prepare.cache_clear()
+    forget()
     q, k, v = torch.randn(5, 21, 17, 3, 2, 8).unbind(3)
     for rpb in (None, torch.randn(2, 13, 13)):
         expected = na2d(q, k, v, 7, rpb=rpb, return_lse=True, backend="reference")
         for _ in range(2):
             actual = na2d(q, k, v, 7, rpb=rpb, return_lse=True, backend="torch")
             torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
-    functional._prepare.cache_clear()
+    forget()
 
 
 def test_results_are_not_the_memory_of_tiles():
@@ -467,7 +475,7 @@ def test_results_are_not_the_memory_of_tiles():
 def test_another_default_device(monkeypatch):
     """Tensors are where the inputs are, and memory that is kept is the CPU's."""
     monkeypatch.setattr(cpu, "_scratch", cpu._Scratch())
-    functional._prepare.cache_clear()
+    forget()
     q, k, v = torch.randn(2, 21, 21, 3, 2, 8).unbind(3)
     with torch.device("meta"):
         out = na2d(q, k, v, 7, backend="torch")

@@ -227,6 +227,23 @@ def test_flops_count_visible_keys(packed):
         assert counter.get_total_flops() == product // 8 * (8 + 5 + 3 * 8 + 2 * 5)
 
 
+def test_flops_of_a_backward_pass_alone():
+    q, k, v, rpb = make(requires_grad=True)
+    out = na2d(q, k, v, 3, rpb=rpb).sum()
+    with FlopCounterMode(display=False) as counter:
+        out.backward()
+    assert counter.get_total_flops() == 5 * 2 * 2 * 72 * 4 * 9 * 8
+
+
+def test_autocast_does_not_reach_the_backward_pass():
+    inputs = make(requires_grad=True)
+    out = na2d(*inputs[:3], 3, rpb=inputs[3])
+    expected = torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(out.sum(), inputs)
+    torch.testing.assert_close(actual, expected, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("argument", range(4))
 def test_one_input_alone_may_want_a_gradient(argument):
     inputs = make(requires_grad=True)

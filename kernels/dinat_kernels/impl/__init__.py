@@ -1,7 +1,7 @@
 """Implementations of the operator, and the choice between them.
 
-A backend is a module with `prepare` and `attention_backward` (see `tiled`).  Backends share `geometry` and what lies
-beside this file, never each other.
+A backend is a module with `prepare` and `prepare_backward` (see `tiled`; `reference` leaves the latter to autograd).
+Backends share `geometry` and what lies beside this file, never each other.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from importlib import metadata
 from types import ModuleType
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..geometry import Neighborhood
 from . import reference, tiled
-from .layout import Call, Forward, Layout, gap_of, layouts_of
+from .layout import Call, Forward, Layout, gap_of, layouts_of, unpacked
 
 BACKENDS = ("reference", "torch", "triton")
 # What the Triton kernels cover.
@@ -97,18 +98,53 @@ def backends() -> dict[str, str | None]:
     return {name: unavailable(name) for name in BACKENDS}
 
 
+class Passes:
+    """The forward pass for a call, and the backward passes that may follow it, each prepared when it is first wanted.
+
+    Attributes:
+        forward: see `tiled.prepare`.
+        backward: from the strides of the gradient of out, and whether lse has one, to what takes these two (the latter
+            None for zeros), query, key, value (see `unpacked`), rpb, out and lse, and returns the gradients of those
+            inputs that there are.
+    """
+
+    def __init__(self, backend: str, call: Call) -> None:
+        self.forward: Forward = implementation(backend).prepare(call)
+        self.backward = lru_cache(maxsize=8)(lambda *layout: _prepare_backward(backend, call, *layout))
+
+
 def prepare(
-    backend: str | None,
-    problem: tuple,
-    window: Neighborhood,
-    scale: float,
-    *,
-    with_lse: bool = True,
-) -> Forward:
-    """The forward pass of the `resolve`d backend, see `tiled.prepare`, for tensors of the layouts in `problem_of`."""
+    backend: str | None, problem: tuple, window: Neighborhood, scale: float, *, with_lse: bool = True
+) -> Passes:
+    """The passes of the `resolve`d backend for tensors of the layouts in `problem_of`."""
     query, key, value, rpb = layouts_of(problem)
     call = Call(query, key, value, rpb, window, scale, with_lse, gap_of(problem))
-    return implementation(resolve(backend, query, value)).prepare(call)
+    return Passes(resolve(backend, query, value), call)
+
+
+def _prepare_backward(
+    backend: str, call: Call, stride: tuple[int, ...], has_grad_lse: bool
+) -> Callable[..., list[Tensor]]:
+    """See `Passes.backward`."""
+    inputs = query, _, value = call[:3]
+    grad_out = query._replace(shape=(*query.shape[:-1], value.shape[-1]), stride=stride)
+    shapes = [x.shape for x in inputs]
+    parts = [x.contiguous() for x in inputs]
+    if call.gap is not None:
+        shapes = [(*query.shape[:-2], 3, *query.shape[-2:])]
+        parts = [query._replace(shape=shapes[0]).contiguous().unbound()] * 3
+    is_empty = 0 in grad_out.shape
+    run = None if is_empty else implementation(backend).prepare_backward(call, grad_out, has_grad_lse, parts)
+
+    def backward(grad_out, grad_lse, query, key, value, rpb, out, lse) -> list[Tensor]:
+        if is_empty:
+            return [x.new_zeros(x.shape) for x in (query, key, value, rpb) if x is not None]
+        grads = [grad_out.new_empty(shape) for shape in shapes]
+        parts = grads[0].unbind(-3) if key is None else grads
+        grad_rpb = run(grad_out, grad_lse, *unpacked(query, key, value), rpb, out, lse, parts)
+        return grads if rpb is None else [*grads, grad_rpb]
+
+    return backward
 
 
 @cache

@@ -91,5 +91,7 @@ def unpacking(run: Callable, call: Call) -> Forward:
 
 # A prepared forward pass: query, key, value (see `unpacked`) and rpb to out and lse.
 Forward = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
-# Forward passes that are kept prepared.
+# A prepared backward pass, see `tiled.prepare_backward`.
+Backward = Callable[..., Tensor | None]
+# Problems whose passes are kept prepared.
 PREPARED = 128

@@ -3,6 +3,6 @@
 Importing this package imports Triton.
 """
 
-from .launch import attention_backward, prepare
+from .launch import prepare, prepare_backward
 
-__all__ = ["attention_backward", "prepare"]
+__all__ = ["prepare", "prepare_backward"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Neighborhood, group_length, seeing_range, visible_range
-from ..layout import Call, Forward, Layout, layout_of, unpacking
+from ..layout import Backward, Call, Forward, Layout, layout_of, unpacking
 from .backward import key_kernel, query_kernel
 from .configs import Extent, ProblemClass, choose, next_power_of_two
 from .forward import forward_kernel
@@ -58,6 +58,7 @@ class Plan(NamedTuple):
     integers: tuple[int, ...]  # strides and rows of tensors, then lengths, dilations, tiles, heads, batch, images
     constants: dict  # the compile-time arguments of the kernel, in its order
     options: dict  # num_warps, num_stages, enable_fp_fusion
+    complete: bool  # every program has a tile; else some write nothing, those of dilation groups that are shorter
     compiled: dict  # what Triton made of it, by all else that Triton specialises on
 
 
@@ -249,11 +250,20 @@ def make_plan(
         integers=(*itertools.chain(*map(strides, layouts), rows, lengths, dilation, tiles), heads, batch, images),
         constants=constants,
         options=dict(num_warps=warps, num_stages=config.num_stages, enable_fp_fusion=True),
+        complete=all(len({-(-n // t) for n in of_axis}) == 1 for of_axis, t in zip(groups, tile, strict=True)),
         compiled={},
     )
 
 
-_plan = lru_cache(maxsize=4096)(make_plan)
+class _Problem(tuple):
+    """The arguments of `make_plan` that are the same for all kernels; known by identity, as to hash them takes long."""
+
+    __hash__, __eq__ = object.__hash__, object.__eq__
+
+
+@lru_cache(maxsize=4096)
+def _plan(kernel: str, problem: _Problem, *others: object) -> Plan:
+    return make_plan(kernel, *problem, *others)
 
 
 def forget_plans() -> None:
@@ -293,12 +303,11 @@ def _table(rpb: Tensor | None, unused: Tensor) -> Tensor:
     return rpb.float().contiguous() if rpb.dtype == torch.float64 else rpb.contiguous()
 
 
-def _problem(layouts: Sequence[Layout], has_rpb: bool, window: Neighborhood, scale: float) -> tuple:
-    """The arguments of `make_plan` but for the kernel and the precision."""
+def _problem(layouts: Sequence[Layout], has_rpb: bool, window: Neighborhood, scale: float) -> _Problem:
     query, sign = layouts[0], (scale > 0) - (scale < 0)
     extents = tuple((x.shape, x.stride) for x in layouts)
     gpu = (_recording and _recording.gpu) or gpu_of(query.device)
-    return extents, query.dtype, gpu, window, has_rpb, sign
+    return _Problem((extents, query.dtype, gpu, window, has_rpb, sign))
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -321,60 +330,66 @@ def prepare(call: Call) -> Forward:
 
     query, _, value = inputs
     dtype, device, out_shape = query.dtype, query.device, (*query.shape[:-1], value.shape[-1])
-    problem = "forward", *_problem(inputs, call.rpb is not None, call.window, scale)
+    problem = _problem(inputs, call.rpb is not None, call.window, scale)
 
     def run(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor | None) -> tuple[Tensor, Tensor]:
         out = torch.empty(out_shape, dtype=dtype, device=device)
         lse = torch.empty(out_shape[:-1], dtype=torch.float32, device=device)
         if out.numel():
-            plan = _plan(*problem, _precision(dtype))
+            plan = _plan("forward", problem, _precision(dtype))
             _launch(plan, (query, key, value, _table(rpb, out), out, lse), scale)
         return out, lse
 
     return unpacking(run, call)
 
 
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    window: Neighborhood,
-    scale: float,
-    grads: Sequence[Tensor],
-) -> Tensor | None:
-    """Fused backward pass; arguments and results as `tiled.attention_backward`.
+def prepare_backward(call: Call, grad_out: Layout, has_grad_lse: bool, grads: Sequence[Layout]) -> Backward:
+    """Fused backward pass, see `tiled.prepare_backward`.
 
     Recomputes the weights from lse.  Allocates one float32 per query and head, and, with a bias, a table for every
     program.  Deterministic: no atomics, and all sums have a fixed order.
     """
-    inputs = [x if _is_readable(layout_of(x)) else x.contiguous() for x in (query, key, value, grad_out)]
-    out, lse = out.contiguous(), lse.contiguous()
-    delta = torch.empty_like(lse)
-    has_dlse = grad_lse is not None
-    grad_lse = grad_lse.contiguous() if has_dlse else delta  # unused
-    problem = (
-        *_problem([layout_of(x) for x in inputs], rpb is not None, window, scale),
-        _precision(query.dtype),
-        tuple(x.stride(-3) for x in grads),
-    )
-    inputs.insert(3, _table(rpb, out))
+    inputs = (*call[:3], grad_out)
+    in_place = all(map(_is_readable, inputs))
+    layouts = [x if _is_readable(x) else x.contiguous() for x in inputs]
+    dtype, has_rpb, scale = call.query.dtype, call.rpb is not None, call.scale
+    problem = _problem(layouts, has_rpb, call.window, scale)
+    rows = tuple(x.stride[-3] for x in grads)
 
-    def run_query_kernel(plan: Plan) -> Tensor | None:
-        parts = None
-        if plan.constants["GRAD_RPB"]:  # zeros, because programs without a tile write nothing
-            parts = lse.new_zeros((plan.grid[0] // rpb.shape[0], *rpb.shape))
-        _launch(plan, (*inputs, out, lse, grad_lse, delta, *grads, delta if parts is None else parts), scale)
-        return None if parts is None else parts.sum(0).to(rpb.dtype)
+    def run(
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        grads: Sequence[Tensor],
+    ) -> Tensor | None:
+        if not in_place:
+            query, key, value, grad_out = (
+                x if _is_readable(layout_of(x)) else x.contiguous() for x in (query, key, value, grad_out)
+            )
+        out, lse = out.contiguous(), lse.contiguous()
+        delta = torch.empty_like(lse)
+        grad_lse = delta if grad_lse is None else grad_lse.contiguous()  # the former is not read
+        inputs = query, key, value, _table(rpb, out), grad_out
+        precision, grad_rpb = _precision(dtype), None
+        plan = _plan("query", problem, precision, rows, has_grad_lse)
+        plans = [plan]
+        if has_rpb and not plan.constants["GRAD_RPB"]:
+            plans.append(_plan("rpb", problem, precision, rows))
+        for of_queries in plans:
+            parts = delta
+            if of_queries.constants["GRAD_RPB"]:
+                shape = of_queries.grid[0] // rpb.shape[0], *rpb.shape
+                parts = lse.new_empty(shape) if plan.complete else lse.new_zeros(shape)
+            _launch(of_queries, (*inputs, out, lse, grad_lse, delta, *grads, parts), scale)
+            if parts is not delta:
+                grad_rpb = parts.sum(0).to(rpb.dtype)
+        if not plan.constants["WHOLE"]:
+            _launch(_plan("key", problem, precision, rows), (*inputs, lse, delta, *grads[1:]), scale)
+        return grad_rpb
 
-    plan = _plan("query", *problem, has_dlse)
-    grad_rpb = run_query_kernel(plan)
-    if rpb is not None and grad_rpb is None:
-        grad_rpb = run_query_kernel(_plan("rpb", *problem))
-    if not plan.constants["WHOLE"]:
-        _launch(_plan("key", *problem), (*inputs, lse, delta, *grads[1:]), scale)
-    return grad_rpb
+    return run

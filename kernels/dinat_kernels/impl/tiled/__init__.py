@@ -14,10 +14,10 @@ from functools import partial
 
 from ..layout import Call, Forward, unpacking
 from . import cpu
-from .backward import attention_backward
+from .backward import prepare_backward
 from .unrolled import attention
 
-__all__ = ["attention_backward", "prepare"]
+__all__ = ["prepare", "prepare_backward"]
 
 
 def prepare(call: Call) -> Forward:

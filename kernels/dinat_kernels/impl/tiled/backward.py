@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...geometry import Neighborhood
-from ..layout import PREPARED, Layout, layout_of
-from ..precision import working_dtype
+from ..layout import PREPARED, Backward, Call, Layout
+from ..precision import without_autocast, working_dtype
 from .plan import Costs, Plan, group_bias, plan_of, ungroup_bias
 
 # Logits of a chunk: 5 MB in float32, so that two of them stay in the cache, and two heads of a 56x56 map are one chunk.
@@ -43,9 +42,9 @@ class _Indices(NamedTuple):
     sums: Sequence[_Sums | None]  # for query, key and value
 
 
-def _has_vectors(x: Tensor) -> bool:
+def _has_vectors(x: Layout) -> bool:
     """Whether memory is a matrix of vectors; strides of 0 and any storage offset will do."""
-    return x.stride(-1) == 1 and all(step % x.shape[-1] == 0 for step in x.stride()[:-1])
+    return x.stride[-1] == 1 and all(step % x.shape[-1] == 0 for step in x.stride[:-1])
 
 
 def _gathered(tokens: np.ndarray, group: int, layout: Layout, images: int) -> Tensor:
@@ -159,74 +158,90 @@ def _tile_gradients(
     return d_logits, (torch.bmm(d_logits, k), torch.bmm(d_logits.mT, q), torch.bmm(weights.mT, d_out))
 
 
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    window: Neighborhood,
-    scale: float,
-    grads: Sequence[Tensor],
-) -> Tensor | None:
-    """Write the gradients of query, key and value, given those of out and lse; return that of rpb.
+def prepare_backward(call: Call, grad_out: Layout, has_grad_lse: bool, grads: Sequence[Layout]) -> Backward:
+    """The backward pass for a call.
 
     Args:
-        grad_lse: None for zeros.
-        out, lse: for backends that need them; here a softmax gives the weights again.
-        grads: memory of its own for the gradients of query, key and value, in their shapes: contiguous, or the parts of
-            a contiguous packed projection.
+        grad_out: layout of the gradient of out.
+        has_grad_lse: whether lse has a gradient, too.
+        grads: layouts of the gradients of query, key and value: contiguous, or the parts of a contiguous packed
+            projection.
+
+    Returns:
+        What takes the gradients of out and lse (None for zeros), query, key, value, rpb, out, lse, and memory for the
+        gradients of query, key and value, which it writes; it returns that of rpb.  Here a softmax gives the weights
+        again, and out and lse are of no use.
     """
+    query, key, value, _, window, scale, *_ = call
     batch, *spatial, heads, _ = query.shape
     kv_heads, dtype, device = key.shape[-2], working_dtype(query.dtype), query.device
     group = heads // kv_heads
     plan = plan_of(tuple(spatial), window, _COSTS)
-    inputs = [x if _has_vectors(x) else x.contiguous() for x in (query, key, value, grad_out)]
-    if grad_lse is not None:
-        inputs.append(grad_lse.contiguous()[..., None])
-    layouts = [layout_of(x) for x in inputs]
-    bias, grad_bias = plan.bias(rpb, dtype, device), None
+    in_place = [_has_vectors(x) for x in (query, key, value, grad_out)]
+    layouts = [
+        x if readable else x.contiguous() for x, readable in zip((query, key, value, grad_out), in_place, strict=True)
+    ]
+    if has_grad_lse:
+        layouts.append(query._replace(shape=(*query.shape[:-1], 1), dtype=dtype).contiguous())
     owner = plan.tensor("owner", device=device) if plan.overlapping else None
     row_chunks, image_chunks = plan.chunks(heads, batch, _CHUNK)
     counts = {images.stop - images.start for images in image_chunks}
     # The indices of a large map would fill the memory; and each of its chunks has but a part of a token's gradient.
-    find, totals = _kept_indices, None
-    if len(row_chunks) > 1:
-        find, totals = _indices, [x.new_zeros((batch, math.prod(spatial), *x.shape[-2:]), dtype=dtype) for x in grads]
+    is_large = len(row_chunks) > 1
+    find = _indices if is_large else _kept_indices
 
-    for rows in row_chunks:
-        tiles, d_bias = plan.tiles(rows), None
-        indices = {count: find(plan, tiles.start, tiles.stop, count, *layouts) for count in counts}
-        tile_bias = None if bias is None else group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
-        for images in image_chunks:
-            count = images.stop - images.start
-            shape = count, kv_heads, tiles.stop - tiles.start
-            gathers, sums = indices[count]
-            q, k, v, d_out, *d_lse = (
-                _gather(x[images], vectors).to(dtype).reshape(math.prod(shape), -1, x.shape[-1])
-                for x, vectors in zip(inputs, gathers, strict=True)
-            )
-            if owner is not None:  # of a token in two query slots, one is to send gradients; both are copies
-                for x in (d_out, *d_lse):
-                    x.view(-1, shape[2], group, plan.query_slots, x.shape[-1]).mul_(owner[tiles, None, :, None])
-            d_logits, slots = _tile_gradients(q, k, v, d_out, d_lse[0] if d_lse else None, tile_bias, scale, shape)
-            for i, factor in enumerate((scale, scale, 1.0)):
-                grad = _sum_up(slots[i], sums[i], count, grads[i].shape[-2])
-                if totals is None:
-                    torch.mul(grad, factor, out=grads[i][images].flatten(1, -3))
-                else:
-                    totals[i][images].index_add_(1, sums[i].tokens, grad, alpha=factor)
+    @without_autocast
+    def run(
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        grads: Sequence[Tensor],
+    ) -> Tensor | None:
+        tensors = zip((query, key, value, grad_out), in_place, strict=True)
+        inputs = [x if readable else x.contiguous() for x, readable in tensors]
+        if grad_lse is not None:
+            inputs.append(grad_lse.contiguous()[..., None])
+        bias, grad_bias, totals = plan.bias(rpb, dtype, device), None, None
+        if is_large:
+            totals = [x.new_zeros((batch, math.prod(spatial), *x.shape[-2:]), dtype=dtype) for x in grads]
+
+        for rows in row_chunks:
+            tiles, d_bias = plan.tiles(rows), None
+            indices = {count: find(plan, tiles.start, tiles.stop, count, *layouts) for count in counts}
+            tile_bias = None if bias is None else group_bias(plan.tile_bias(bias, rows), kv_heads, heads)
+            for images in image_chunks:
+                count = images.stop - images.start
+                shape = count, kv_heads, tiles.stop - tiles.start
+                gathers, sums = indices[count]
+                q, k, v, d_out, *d_lse = (
+                    _gather(x[images], vectors).to(dtype).reshape(math.prod(shape), -1, x.shape[-1])
+                    for x, vectors in zip(inputs, gathers, strict=True)
+                )
+                if owner is not None:  # of a token in two query slots, one is to send gradients; both are copies
+                    for x in (d_out, *d_lse):
+                        x.view(-1, shape[2], group, plan.query_slots, x.shape[-1]).mul_(owner[tiles, None, :, None])
+                d_logits, slots = _tile_gradients(q, k, v, d_out, d_lse[0] if d_lse else None, tile_bias, scale, shape)
+                for i, factor in enumerate((scale, scale, 1.0)):
+                    grad = _sum_up(slots[i], sums[i], count, grads[i].shape[-2])
+                    if totals is None:
+                        torch.mul(grad, factor, out=grads[i][images].flatten(1, -3))
+                    else:
+                        totals[i][images].index_add_(1, sums[i].tokens, grad, alpha=factor)
+                if rpb is not None:
+                    d_logits = d_logits.unflatten(0, shape)
+                    d_logits = d_logits[0] if count == 1 else d_logits.sum(0)
+                    d_bias = d_logits if d_bias is None else d_bias.add_(d_logits)
             if rpb is not None:
-                d_logits = d_logits.unflatten(0, shape)
-                d_logits = d_logits[0] if count == 1 else d_logits.sum(0)
-                d_bias = d_logits if d_bias is None else d_bias.add_(d_logits)
-        if rpb is not None:
-            d_bias = plan.bias_grad(ungroup_bias(d_bias, heads), rows)
-            grad_bias = d_bias if grad_bias is None else grad_bias.add_(d_bias)
-    if totals is not None:
-        for grad, total in zip(grads, totals, strict=True):
-            grad.copy_(total.view(grad.shape))
-    return None if rpb is None else plan.table_grad(grad_bias).to(rpb.dtype)
+                d_bias = plan.bias_grad(ungroup_bias(d_bias, heads), rows)
+                grad_bias = d_bias if grad_bias is None else grad_bias.add_(d_bias)
+        if totals is not None:
+            for grad, total in zip(grads, totals, strict=True):
+                grad.copy_(total.view(grad.shape))
+        return None if rpb is None else plan.table_grad(grad_bias).to(rpb.dtype)
+
+    return run
