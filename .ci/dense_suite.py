@@ -1,11 +1,15 @@
 """A published dense model of each method at full size on photographs: `python .ci/dense_suite.py [NAME ...]`.
 
 On 600 x 800 and 300 x 200 pixels, where dilated windows are wider than the map and layers pad it. Weights are random:
-outputs must be finite and of the right sizes. Some minutes on one core, so not in the tests.
+what every layer gives must be finite, and results not empty and of the right sizes. Four minutes on one core and 4 GB
+of memory, so not in the tests.
 """
 
+import resource
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from dinat_kernels.modules import NeighborhoodAttention2d
@@ -20,6 +24,7 @@ MODELS = (
     "mask2former_dinat_large.cityscapes_instance", "oneformer_dinat_large.cityscapes",
 )  # fmt: skip
 SIZES = ((600, 800), (300, 200))
+THRESHOLDS = ("score_threshold", "object_threshold", "overlap_threshold")
 
 
 def check(result: dict, size: tuple[int, int], classes: int) -> str:
@@ -31,11 +36,31 @@ def check(result: dict, size: tuple[int, int], classes: int) -> str:
         assert 0 <= found.min() <= found.max() < classes
         return f"{len(found.unique())} classes"
     labels = result["labels"].tolist() if name == "masks" else [s["label"] for s in result["segments"]]
+    assert labels
     assert all(0 <= label < classes for label in labels)
     if name == "masks":
         assert result["scores"].isfinite().all()
         assert result["boxes"].isfinite().all()
     return f"{len(labels)} {'objects' if name == 'masks' else 'segments'}"
+
+
+def tensors(output: Any) -> Iterator[torch.Tensor]:
+    """All there are in what a module gives."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping | list | tuple):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from tensors(part)
+
+
+def demand_finite(model: torch.nn.Module) -> None:
+    """Has every layer fail that gives what is not finite."""
+    for name, layer in model.named_modules():
+
+        def check(layer: torch.nn.Module, inputs: tuple, output: Any, name: str = name) -> None:
+            assert all(tensor.isfinite().all() for tensor in tensors(output)), f"{name}: not finite"
+
+        layer.register_forward_hook(check)
 
 
 def count_padding(model: torch.nn.Module) -> list[str]:
@@ -60,16 +85,21 @@ def main() -> None:
         torch.manual_seed(0)
         model, row = dinat.dense.create_model(name).eval(), dinat.dense.PUBLISHED[name]
         padding = count_padding(model)
-        if row.task == "detection" and hasattr(model, "score_threshold"):
-            model.score_threshold = 0.0  # random weights are sure of nothing
+        demand_finite(model)
+        for threshold in THRESHOLDS:
+            if hasattr(model, threshold):
+                setattr(model, threshold, 0.0)  # random weights are sure of nothing
         for photograph, (height, width) in zip(photographs, SIZES, strict=True):
             pixels = to_tensor(photograph.resize((width, height)))
             image = normalize(pixels, row.preprocessing["mean"], row.preprocessing["std"])
             start = time.time()
             (result,) = model.predict([image])
             found = check(result, (height, width), len(row.classes))
-            seconds = time.time() - start
-            print(f"{name}  {height} x {width}  {found}  {len(padding)} layers pad  {seconds:.0f} s", flush=True)
+            told = (
+                name, f"{height} x {width}", found, f"{len(padding)} layers pad", f"{time.time() - start:.0f} s",
+                f"at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB so far",
+            )  # fmt: skip
+            print("  ".join(told), flush=True)
             assert padding or height > 512  # what UPerNet's dilations are for
             padding.clear()
 

@@ -5,10 +5,11 @@ wrong and what is mended is decided here alone:
 
 * The file itself (not there, not JSON, a part missing; an id that two images, annotations or categories share; a
   category without a name; other classes than in training) is always refused.
-* An annotation that means nothing (of an unknown image or category; a box without area or outside of the image; a
+* An annotation that means nothing (of an unknown image or category; a box of negative size or outside of the image; a
   polygon of fewer than three points; a mask of another size, or none where others have one) and an image without its
   file are refused, or under `on_bad="skip"` left out and said.
-* A box that reaches over the image's edge is clamped, and said.
+* A box that reaches over the image's edge is clamped, and said. So is it where a box without area, of which COCO's own
+  train2017 has two, is left out.
 * What only the pixels tell (a file of another size than stated, a mask that cannot be decoded, segments that do not
   agree with their PNG) is a ValueError when the image is read.
 """
@@ -99,6 +100,7 @@ class CocoFile(Dataset):
 
     annotation_files: ClassVar[tuple[str, ...]]
     image_folders: ClassVar[tuple[str, ...]] = ("{split}", "images/{split}")
+    sizes_hold: ClassVar[bool] = True  # whether images have the sizes that the file states
 
     def __init__(
         self, root: str | Path, split: str, *, annotations: str | None = None, images: str | None = None,
@@ -132,8 +134,9 @@ class CocoFile(Dataset):
         image, annotations = self.records[index]
         pixels = read_image(self.folder / image["file_name"])
         stated, size = (image["height"], image["width"]), tuple(pixels.shape[-2:])
-        if stated != size:
+        if self.sizes_hold and stated != size:
             raise ValueError(f"{self._where(image)}: has {_size(size)} pixels, stated are {_size(stated)}")
+        image |= dict(zip(("height", "width"), size, strict=True))
         return pixels, {**self._target(image, annotations), "image_id": image["id"]}
 
     def filename(self, index: int, absolute: bool = False) -> str:
@@ -159,9 +162,10 @@ class CocoFile(Dataset):
         for split in names:
             for pattern in self.annotation_files:
                 if len(found := sorted(self.root.glob(pattern.format(split=split)))) > 1:
-                    files = ", ".join(path.name for path in found)
+                    files, name = ", ".join(path.name for path in found), found[0].stem
                     raise UserError(
-                        f"{found[0].parent} has several annotation files for {split}: {files}. Name the one to use."
+                        f"{found[0].parent} has several annotation files for {split}: {files}. Name the one to use, by "
+                        f"data.train_split or data.val_split={name[name.index(split) :]}."
                     )
                 if found:
                     return found[0]
@@ -223,7 +227,10 @@ class CocoObjects(CocoFile):
         others: as `CocoFile`.
     """
 
-    annotation_files = (f"{{split}}/{ROBOFLOW}", "annotations/instances_{split}*.json", "annotations/{split}.json")
+    annotation_files = (
+        f"{{split}}/{ROBOFLOW}", "annotations/instances_{split}.json", "annotations/instances_{split}*.json",
+        "annotations/{split}.json",
+    )  # fmt: skip
 
     def __init__(self, root: str | Path, split: str, *, masks: bool | None = None, **options: Any) -> None:
         self.masks = masks
@@ -236,16 +243,19 @@ class CocoObjects(CocoFile):
             self.masks = any(annotation.get("segmentation") for annotation in annotations)
         missing = self._missing_files(images.values())
         per_image: dict[int, list[Record]] = {number: [] for number in images if number not in missing}
-        clamped = []
+        clamped, without_area = [], []
         for annotation in annotations:
             image = images.get(annotation.get("image_id"))
             if wrong := self._wrong(annotation, image):
                 where = self._where(image or {"file_name": "?", "id": annotation.get("image_id")}, annotation["id"])
                 self.problems.append(Problem(where, wrong))
             elif image["id"] in per_image:
+                where = self._where(image, annotation["id"])
+                if 0 in annotation["bbox"][2:]:
+                    without_area.append(Problem(where, f"box {annotation['bbox']} has no area"))
+                    continue
                 box, reached_over = _clamp(annotation["bbox"], image)
                 if reached_over:
-                    where = self._where(image, annotation["id"])
                     clamped.append(Problem(where, f"box {annotation['bbox']} reaches over the edge"))
                 per_image[image["id"]].append({
                     "box": box,
@@ -255,6 +265,8 @@ class CocoObjects(CocoFile):
                     "segmentation": annotation.get("segmentation") if self.masks else None,
                     "id": annotation["id"],
                 })  # fmt: skip
+        if without_area:
+            log.warning("%d objects without area are left out, the first: %s", len(without_area), without_area[0])
         if clamped:
             log.warning("%d boxes are clamped to their image, the first: %s", len(clamped), clamped[0])
         return per_image
@@ -269,8 +281,8 @@ class CocoObjects(CocoFile):
         if not _numbers(box) or len(box) != 4:
             return f"box {box} is not [left, top, width, height]"
         left, top, width, height = box
-        if width <= 0 or height <= 0:
-            return f"box {box} has no area"
+        if width < 0 or height < 0:
+            return f"box {box} has a negative size"
         if left >= image["width"] or top >= image["height"] or left + width <= 0 or top + height <= 0:
             return f"box {box} lies outside of the image of {image['width']} x {image['height']} pixels"
         return _wrong_shape(annotation.get("segmentation"), image) if self.masks else None
@@ -316,7 +328,9 @@ class CocoPanoptic(CocoFile):
         things: which of the classes are things, by `isthing` of the categories.
     """
 
-    annotation_files = ("annotations/panoptic_{split}*.json", "annotations/{split}.json")
+    annotation_files = (
+        "annotations/panoptic_{split}.json", "annotations/panoptic_{split}*.json", "annotations/{split}.json",
+    )  # fmt: skip
     covered: ClassVar[bool] = False  # whether segments may have no pixel; they are missed in evaluation, as in COCO's
 
     def __init__(self, root: str | Path, split: str, *, segments: str | None = None, **options: Any) -> None:

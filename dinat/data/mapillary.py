@@ -41,10 +41,14 @@ class MapillarySemantic(SemanticFolder):
 
 
 class MapillaryPanoptic(CocoPanoptic):
-    """Segments of all classes. Arguments as of `CocoPanoptic`."""
+    """Segments of all classes. Arguments as of `CocoPanoptic`.
+
+    The JSON files have heights for widths (https://github.com/mapillary/mapillary_vistas/issues/16); images tell.
+    """
 
     annotation_files = ("{split}/v1.2/panoptic/panoptic_2018.json", "{split}/panoptic/panoptic_2018.json")
     image_folders = ("{split}/images",)
+    sizes_hold = False
 
     def _png_folders(self) -> list[Path]:
         return [self.root / self.segments if self.segments else self.file.parent]

@@ -199,7 +199,7 @@ def test_mapillary(tmp_path, folder, config):
     assert source[0][1]["semantic"][0].tolist() == [0, 255, 1, 255] * 2
     with pytest.raises(UserError, match=r"other classes than in training: \['Bird', 'Sky'\], not \['Bird'\]"):
         MapillarySemantic(tmp_path, "validation", classes=["Bird"])
-    image = {"id": "0a_-B", "file_name": "0a_-B.jpg", "height": HEIGHT, "width": WIDTH}
+    image = {"id": "0a_-B", "file_name": "0a_-B.jpg", "height": WIDTH, "width": HEIGHT}  # as it is published
     segments = [{"id": 900, "category_id": 1}, {"id": 5, "category_id": 28}]
     content = {
         "images": [image],
@@ -210,7 +210,12 @@ def test_mapillary(tmp_path, folder, config):
     (tmp_path / f"validation/{folder}panoptic/panoptic_2018.json").write_text(json.dumps(content))
     source = MapillaryPanoptic(tmp_path, "validation")
     assert (source.classes, source.things) == (["Bird", "Sky"], [True, False])
-    assert source[0][1]["labels"].tolist() == [0, 1]
+    pixels, target = source[0]
+    assert (pixels.shape, target["masks"].shape) == ((3, HEIGHT, WIDTH), (2, HEIGHT, WIDTH))
+    assert target["labels"].tolist() == [0, 1]
+    save(tmp_path / f"validation/{folder}panoptic/0a_-B.png", colours(halves(900, 5, int)).transpose(1, 0, 2))
+    with pytest.raises(ValueError, match=r"0a_-B\.png has 6 x 8 pixels, the image 8 x 6"):
+        source[0]
 
 
 def test_a_damaged_config_of_mapillary(tmp_path):

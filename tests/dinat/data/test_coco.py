@@ -198,7 +198,7 @@ BAD = {
     "label without a name": (change(0, category_id=3), FIRST + "category_id 3 has no name in categories"),
     "no box": (change(0, bbox=None), FIRST + r"box None is not \[left, top, width, height\]"),
     "not numbers": (change(0, bbox=[1, 2, float("nan"), 3]), FIRST + "box .* is not"),
-    "zero area": (change(0, bbox=[2, 3, 0, 5]), FIRST + r"box \[2, 3, 0, 5\] has no area"),
+    "negative size": (change(0, bbox=[2, 3, -1, 5]), FIRST + r"box \[2, 3, -1, 5\] has a negative size"),
     "outside": (
         change(0, bbox=[14, 3, 2, 5]), FIRST + r"box \[14, 3, 2, 5\] lies outside of the image of 14 x 10 pixels",
     ),
@@ -223,7 +223,7 @@ def test_what_is_wrong_is_said_before_training(tmp_path, content, message):
 
 def test_what_is_wrong_can_be_left_out_and_is_said(tmp_path, caplog):
     content = objects()
-    content["annotations"][0]["bbox"] = [2, 3, 0, 5]
+    content["annotations"][0]["bbox"] = [2, 3, -1, 5]
     write(tmp_path, content)
     (tmp_path / "train2017/b.png").unlink()
     with pytest.raises(UserError, match=r"b.png \(id 5\): there is no file .*train2017/b.png"):
@@ -232,7 +232,29 @@ def test_what_is_wrong_can_be_left_out_and_is_said(tmp_path, caplog):
     assert [source.filename(index) for index in range(len(source))] == ["a.png", "empty.png"]
     assert source[0][1]["labels"].tolist() == [0]
     assert "left out, 2 in all" in caplog.text
-    assert "has no area" in caplog.text
+    assert "has a negative size" in caplog.text
+
+
+def test_objects_without_area_are_left_out_and_said(tmp_path, caplog):
+    """As annotation 918 of COCO's train2017, whose polygon is a line."""
+    content = objects()
+    content["annotations"][0] |= {"bbox": [2.65, 3.33, 1.03, 0.0], "area": 0.0}
+    content["annotations"][0]["segmentation"] = [[2.65, 3.33, 2.65, 3.33, 3.68, 3.33, 3.68, 3.33]]
+    source = CocoObjects(write(tmp_path, content), "train")
+    assert source[0][1]["labels"].tolist() == [0]
+    assert "1 objects without area are left out, the first: " in caplog.text
+    assert re.search(FIRST + r"box \[2.65, 3.33, 1.03, 0.0\] has no area", caplog.text)
+
+
+def test_the_file_of_exactly_that_name_is_the_one(tmp_path):
+    """As beside the first hundred images of val2017 that detectron2 tests with."""
+    content = objects()
+    write(tmp_path, content, "annotations/instances_train2017.json")
+    part = {**content, "images": content["images"][:1], "annotations": []}
+    (tmp_path / "annotations/instances_train2017_100.json").write_text(json.dumps(part))
+    with pytest.raises(UserError, match=r"several .*_train2017_100\.json\. .*data\.val_split=train2017\."):
+        CocoObjects(tmp_path, "train")
+    assert len(CocoObjects(tmp_path, "train2017")) == len(content["images"])
 
 
 def test_missing_files_and_folders(tmp_path):
