@@ -1,8 +1,8 @@
 """A published dense model of each method at full size on photographs: `python .ci/dense_suite.py [NAME ...]`.
 
 On 600 x 800 and 300 x 200 pixels, where dilated windows are wider than the map and layers pad it. Weights are random:
-what every layer gives must be finite, and results not empty and of the right sizes. Four minutes on one core and 4 GB
-of memory, so not in the tests.
+what every layer gives must be finite, and results not empty and of the right sizes. Three minutes on one core and 4.3
+GiB of memory, so not in the tests.
 """
 
 import resource
