@@ -36,13 +36,16 @@ def export(model: nn.Module, images: Tensor, path: str | Path, *, dynamic_batch:
         The largest absolute difference between the outputs of `model` and of what was written, for `images`.
 
     Raises:
-        UserError: another ending, packages that ONNX needs are missing, or a detector, which cannot be exported.
+        UserError: another ending, a folder that is not there, packages that ONNX needs are missing, or a detector,
+            which cannot be exported.
     """
     path = Path(path)
     if reason := getattr(model, "not_exported", ""):
         raise UserError(f"{type(model).__name__} cannot be exported: {reason}.")
     if path.suffix not in (".onnx", ".pt2"):
         raise UserError(f"path={path}: must end in .onnx or .pt2.")
+    if not path.parent.is_dir():
+        raise UserError(f"path={path}: there is no folder {path.parent}.")
     if path.suffix == ".onnx":
         missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
         if missing:
@@ -113,7 +116,7 @@ def command(
         size = {} if img_size is None else {"img_size": img_size}
         try:
             network, dynamic = timm.create_model(model, pretrained=pretrained, **size), batch_size is None
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"--img-size {img_size}: {model} does not take it: {error}") from error
         images = torch.randn(batch_size or 2, network.in_chans, *network.img_size)
     difference = export(network, images, path, dynamic_batch=dynamic)

@@ -40,7 +40,7 @@ def read_checkpoint(path: str | Path, use_ema: bool = True) -> dict[str, Tensor]
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file.")
+        raise CheckpointError(f"{path}: {'a folder, not a file' if Path(path).is_dir() else 'no such file'}.")
     refuse_web_page(path)
     with open(path, "rb") as file:
         start = file.read(16)

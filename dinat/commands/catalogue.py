@@ -17,20 +17,26 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinat import dense
 from dinat.checkpoints import Shape, sources
 from dinat.errors import UserError, nearest
+from dinat.metrics.detection import DetectionMetric
+from dinat.metrics.panoptic import PanopticMetric
+from dinat.metrics.semantic import SemanticMetric
 from dinat.models import FAMILIES
 from dinat.published import TOP1
 
-console = Console(highlight=False)
+PLAIN = {"highlight": False, "markup": False, "emoji": False}  # names of files and classes are shown as they are
+console = Console(**PLAIN)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model, with or without a tag.")]
 FIGURES = {  # of models for dense prediction
-    "box_ap": "box AP",
-    "mask_ap": "mask AP",
-    "pq": "PQ",
-    "pq_things": "PQ things",
-    "pq_stuff": "PQ stuff",
-    "miou": "mIoU",
+    **DetectionMetric.labels,
+    **PanopticMetric.labels,
+    **SemanticMetric.labels,
     "miou_multi_scale": "mIoU of several scales",
 }
+
+
+def show_table(table: Table) -> None:
+    """Prints a table; names are for copying, so they are never cut, whatever the terminal."""
+    Console(**PLAIN, width=1000).print(table)
 
 
 def ours(pattern: str = "*") -> list[str]:
@@ -46,9 +52,10 @@ def find(name: str) -> PretrainedCfg:
     """The pretrained_cfg of one of our models. Raises UserError for another name, with the nearest ones."""
     if name in dense.PUBLISHED:
         return dense.PUBLISHED[name].pretrained_cfg
-    known = [*ours(), *dense.PUBLISHED]
+    known = ours()
     if name not in known and name not in map(get_arch_name, known):
-        raise UserError(f"MODEL {name}: no such model.{nearest(name, known)} `dinat list` shows them.")
+        near = nearest(name, [*known, *dense.PUBLISHED])
+        raise UserError(f"MODEL {name}: no such model.{near} `dinat list` shows them.")
     return get_pretrained_cfg(name)
 
 
@@ -79,7 +86,7 @@ def list_models(
         else:
             pixels, figures = cfg.input_size[-1], f"top-1 {TOP1[name]}" if name in TOP1 else ""
         table.add_row(name, str(pixels), str(cfg.num_classes), figures, places)
-    Console(highlight=False, width=1000).print(table)  # names are for copying: never cut, whatever the terminal
+    show_table(table)
 
 
 def dense_figures(row: dense.Published, names: Container[str] = FIGURES) -> str:

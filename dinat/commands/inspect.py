@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from dinat import dense
-from dinat.commands.catalogue import by_axis, console, find
+from dinat.commands.catalogue import by_axis, console, find, show_table
 from dinat.commands.predict import class_names, find_images, load
 from dinat.commands.predict_dense import load_dense
 from dinat.data import ImageError, open_image, resolve_preprocessing
@@ -176,7 +176,7 @@ def heads(
         means = (np.mean([getattr(head, key) for head in group]) for key in ("distance", "entropy", "divergence"))
         best = "" if group[0].importance is None else str(max(group, key=lambda head: head.importance).head)
         table.add_row(name, str(len(group)), *(f"{mean:.2f}" for mean in means), best)
-    console.print(table)
+    show_table(table)
     wrote(*written)
 
 
@@ -228,7 +228,7 @@ def field(
             shares = (f"{100 * row[key]:.1f} %" for key in ("area", "least_area"))
             first = "" if i else name
             table.add_row(first, *(row[key] for key in ("block", "map", "dilation", "extent", "touched")), *shares)
-    console.print(table)
+    show_table(table)
     for name, found in fields.items():
         holes = [one.block for one in found if one.extent() != one.touched()]
         if holes:
@@ -297,7 +297,7 @@ def erf(
         table.add_column(f"{100 * share:g} %", justify="right")
     for (level, measure), group in itertools.groupby(rows, lambda row: (row["level"], row["measure"])):
         table.add_row(str(level), measure, *(f"{100 * row['area']:.1f} %" for row in group))
-    console.print(table)
+    show_table(table)
     wrote(*written)
 
 

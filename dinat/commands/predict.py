@@ -20,7 +20,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import nn
 
 from dinat import dense
-from dinat.commands.catalogue import console, find
+from dinat.commands.catalogue import PLAIN, find, show_table
 from dinat.commands.predict_dense import predict_dense
 from dinat.data import ImageError, open_image, resolve_preprocessing
 from dinat.data.images import pick_images, walk_data
@@ -48,7 +48,7 @@ def predict(
 ) -> None:
     """Show the likeliest classes of images; or find objects and segments, with a model for dense prediction."""
     files = list(find_images(images))
-    errors = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    errors = Console(**PLAIN, stderr=True, soft_wrap=True)
     if dense.is_dense(model):
         if output is None:
             raise UserError(f"--output is not set, and --model {model} is for dense prediction. Give a folder.")
@@ -98,7 +98,7 @@ def predict(
 def refuse_unread(unreadable: int, total: int) -> None:
     """Ends with an error where images could not be read, once the others have their results."""
     if unreadable:
-        raise UserError(f"{unreadable} of {total} images cannot be read and have no rows.")
+        raise UserError(f"{unreadable} of {total} images cannot be read and have no results.")
 
 
 def find_images(paths: list[Path]) -> Iterator[Path]:
@@ -161,4 +161,4 @@ def show(rows: list[dict[str, Any]], format: Format) -> None:
         for row in rows:
             label = f"{row['label']} ({row['index']})"
             table.add_row(row["image"] if row["rank"] == 1 else "", label, f"{100 * row['probability']:.1f} %")
-        console.print(table)
+        show_table(table)

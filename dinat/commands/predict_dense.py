@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +32,24 @@ def predict_dense(
 
     The model is a published one, its weights perhaps in a file, or local-dir:FOLDER.
 
-    For each image there is a picture NAME.png; beside them detections.json (COCO's records, images by their number,
-    classes by the ids of the training data), panoptic.json with a folder of PNG files, or, of semantic maps,
-    NAME_labels.png, whose pixels are labels.
+    For each image there is a picture NAME.png; beside them detections.json (COCO's records, images by their file and
+    its number among all, classes by the ids of the training data), panoptic.json with a folder of PNG files, or, of
+    semantic maps, NAME_labels.png, whose pixels are labels.
 
     Raises:
-        UserError: for images of the same name, whose results would overwrite each other; for a file beside a folder.
+        UserError: for results that would overwrite each other or an image; for a file beside a folder; for several
+            scales of what is no semantic map.
     """
-    names: dict[str, Path] = {}
-    for file in files:
-        if (other := names.setdefault(file.stem, file)) is not file:
-            raise UserError(f"IMAGE {file}: has the name of {other}, so their results would be the same file.")
-    network, views = load_dense(model, checkpoint, multi_scale)
     described = dense.describe(model)
-    classes, found, unreadable = described["label_names"], [], 0
+    classes, task = described["label_names"], described["task"]
+    if multi_scale and task != "semantic":
+        raise UserError(f"--multi-scale: not with --model {model}, only with models for semantic segmentation.")
+    refuse_overwriting(files, output, ("", "_labels") if task == "semantic" else ("",))
+    network, views = load_dense(model, checkpoint, multi_scale)
+    found, unreadable = [], 0
     output.mkdir(parents=True, exist_ok=True)
-    for name, file in track(names.items(), "images", console=errors, transient=True, disable=not errors.is_terminal):
+    numbered = list(enumerate(files))
+    for number, file in track(numbered, "images", console=errors, transient=True, disable=not errors.is_terminal):
         try:
             pixels = torch.from_numpy(np.array(open_image(file, exif_transpose=exif_transpose))).permute(2, 0, 1)
         except ImageError as error:
@@ -53,17 +57,29 @@ def predict_dense(
             unreadable += 1
             continue
         prediction = predict_one(network, views, tv_tensors.Image(pixels.contiguous()))
-        write_image(output / f"{name}.png", draw(pixels, prediction, classes))
+        write_image(output / f"{file.stem}.png", draw(pixels, prediction, classes))
         if "semantic" in prediction:
             labels = prediction["semantic"].numpy().astype(np.uint8)
-            write_image(output / f"{name}_labels.png", Image.fromarray(labels))
-        found.append((file, prediction))
+            write_image(output / f"{file.stem}_labels.png", Image.fromarray(labels))
+        found.append((number, str(file), prediction))
     ids = described.get("category_ids", range(len(classes)))
-    if described["task"] == "detection":
-        write_detections(output / "detections.json", ((i, one) for i, (_, one) in enumerate(found)), ids)
-    if described["task"] == "panoptic":
-        write_panoptic(output / "panoptic.json", ((i, file.name, one) for i, (file, one) in enumerate(found)), ids)
+    if task == "detection":
+        write_detections(output / "detections.json", found, ids)
+    if task == "panoptic":
+        write_panoptic(output / "panoptic.json", found, ids)
     return unreadable
+
+
+def refuse_overwriting(files: list[Path], output: Path, endings: Iterable[str]) -> None:
+    """Raises UserError where a result NAME + ending + .png would be an image itself, or another's result."""
+    images = {file.resolve() for file in files}
+    owners: dict[Path, Path] = {}
+    for file, ending in itertools.product(files, endings):
+        result = output / f"{file.stem}{ending}.png"
+        if result.resolve() in images:
+            raise UserError(f"--output {output}: {result}, a result of {file}, would replace an image. Give another.")
+        if (other := owners.setdefault(result, file)) is not file:
+            raise UserError(f"IMAGE {file}: its result {result} would be that of {other} too. Rename one of them.")
 
 
 def load_dense(model: str, checkpoint: Path | None, multi_scale: bool = False) -> tuple[nn.Module, Any]:

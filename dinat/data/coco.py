@@ -5,9 +5,10 @@ wrong and what is mended is decided here alone:
 
 * The file itself (not there, not JSON, a part missing; an id that two images, annotations or categories share; a
   category without a name; other classes than in training) is always refused.
-* An annotation that means nothing (of an unknown image or category; a box of negative size or outside of the image; a
-  polygon of fewer than three points; a mask of another size, or none where others have one) and an image without its
-  file are refused, or under `on_bad="skip"` left out and said.
+* An annotation that means nothing (of an unknown image or category; a box of negative size or outside of the image; an
+  area that is no number; an iscrowd that is neither 0 nor 1; a polygon of fewer than three points; a mask of another
+  size, or none where others have one) and an image without its file are refused, or under `on_bad="skip"` left out
+  and said.
 * A box that reaches over the image's edge is clamped, and said. So is it where a box without area, of which COCO's own
   train2017 has two, is left out.
 * What only the pixels tell (a file of another size than stated, a mask that cannot be decoded, segments that do not
@@ -37,6 +38,7 @@ from torchvision import tv_tensors
 
 from dinat import rle
 from dinat.data.folders import existing_root, first_existing, read_image, split_names
+from dinat.data.images import is_data, pick_images
 from dinat.errors import UserError
 
 log = logging.getLogger("dinat")
@@ -106,6 +108,8 @@ class CocoFile(Dataset):
         self, root: str | Path, split: str, *, annotations: str | None = None, images: str | None = None,
         classes: Sequence[str] | None = None, keep_empty: bool = True, on_bad: str = "fail",
     ) -> None:  # fmt: skip
+        if on_bad not in ("fail", "skip"):
+            raise UserError(f"data.kwargs.on_bad={on_bad}: must be fail or skip.")
         self.root, self.split = existing_root(root), split
         self.file = self._annotation_file(annotations)
         self.folder = self._image_folder(images)
@@ -200,7 +204,7 @@ class CocoFile(Dataset):
                 missing.add(image["id"])
                 self.problems.append(Problem(self._where(image), f"there is no file {path}"))
         for folder, count in used.items():
-            files = [name for name in listing(folder) if Path(name).suffix.lower() in Image.registered_extensions()]
+            files, _ = pick_images(filter(is_data, listing(folder)))
             if len(files) > count:
                 log.info("%s: %d images are not in %s", folder, len(files) - count, self.file)
         return missing
@@ -245,9 +249,9 @@ class CocoObjects(CocoFile):
         per_image: dict[int, list[Record]] = {number: [] for number in images if number not in missing}
         clamped, without_area = [], []
         for annotation in annotations:
-            image = images.get(annotation.get("image_id"))
+            image = _entry(images, annotation.get("image_id"))
             if wrong := self._wrong(annotation, image):
-                where = self._where(image or {"file_name": "?", "id": annotation.get("image_id")}, annotation["id"])
+                where = self._where(image or _unknown(annotation), annotation["id"])
                 self.problems.append(Problem(where, wrong))
             elif image["id"] in per_image:
                 where = self._where(image, annotation["id"])
@@ -275,8 +279,12 @@ class CocoObjects(CocoFile):
         """What is wrong with an annotation, None if nothing is."""
         if image is None:
             return "there is no such image"
-        if annotation.get("category_id") not in self.labels:
-            return f"category_id {annotation.get('category_id')} has no name in categories"
+        if _entry(self.labels, annotation.get("category_id")) is None:
+            return f"category_id {annotation.get('category_id')!r} has no name in categories"
+        if annotation.get("iscrowd") not in (None, 0, 1):
+            return f"iscrowd {annotation['iscrowd']!r} is neither 0 nor 1"
+        if (area := annotation.get("area")) is not None and not (_numbers([area]) and area >= 0):
+            return f"area {area!r} is no number of pixels"
         box = annotation.get("bbox")
         if not _numbers(box) or len(box) != 4:
             return f"box {box} is not [left, top, width, height]"
@@ -350,7 +358,7 @@ class CocoPanoptic(CocoFile):
         for annotation in annotations:
             image = images.get(annotation["image_id"])
             if wrong := self._wrong(annotation, image, files):
-                where = self._where(image or {"file_name": "?", "id": annotation["image_id"]})
+                where = self._where(image or _unknown(annotation))
                 self.problems.append(Problem(where, wrong))
             elif image["id"] not in missing:
                 image["png"] = annotation["file_name"]
@@ -387,8 +395,10 @@ class CocoPanoptic(CocoFile):
         for segment in segments:
             if not 0 < segment["id"] < 256**3:
                 return f"segment {segment['id']}: ids are from 1 to {256**3 - 1}"
-            if segment.get("category_id") not in self.labels:
-                return f"segment {segment['id']}: category_id {segment.get('category_id')} has no name in categories"
+            if _entry(self.labels, segment.get("category_id")) is None:
+                return f"segment {segment['id']}: category_id {segment.get('category_id')!r} has no name in categories"
+            if segment.get("iscrowd") not in (None, 0, 1):
+                return f"segment {segment['id']}: iscrowd {segment['iscrowd']!r} is neither 0 nor 1"
         return None
 
     def _target(self, image: Record, annotations: list[Record]) -> Target:
@@ -430,7 +440,10 @@ def read_json(path: Path) -> dict[str, list[Record]]:
     for image in content["images"]:
         sides = [image.get("height"), image.get("width")]
         if not isinstance(image.get("file_name"), str) or not all(isinstance(side, int) and side > 0 for side in sides):
-            raise UserError(f"{path}: image {image.get('id')}: file_name, height and width are needed; it has {image}.")
+            raise UserError(
+                f"{path}: image {image.get('id')}: file_name, height and width are needed, text and whole numbers; it "
+                f"has {image}."
+            )
     _refuse_shared_ids(path, "images", content["images"])
     _refuse_shared_ids(path, "categories", content["categories"])
     return content
@@ -447,6 +460,8 @@ def read_ids(path: Path) -> np.ndarray:
 
 def _categories(path: Path, categories: list[Record], classes: Sequence[str] | None) -> list[Record]:
     """The categories in the order of the labels: of `classes`, else of their ids."""
+    if not categories:
+        raise UserError(f"{path}: holds no categories, which name the classes.")
     for category in categories:
         if not isinstance(category.get("name"), str) or not category["name"]:
             raise UserError(f"{path}: category {category['id']} has no name.")
@@ -463,10 +478,11 @@ def _categories(path: Path, categories: list[Record], classes: Sequence[str] | N
 
 def _refuse_shared_ids(path: Path, kind: str, entries: Iterable[Record], key: str = "id") -> None:
     of_images = kind == "images" or key == "image_id"  # which may have names: those of ADE20K, Cityscapes, Mapillary do
-    numbers = Counter(entry.get(key) for entry in entries)
-    for number, count in numbers.items():
+    numbers = [entry.get(key) for entry in entries]
+    for number in numbers:
         if not isinstance(number, int | str if of_images else int):
-            raise UserError(f"{path}: {kind}: {key} {number} is not an integer{' or a name' if of_images else ''}.")
+            raise UserError(f"{path}: {kind}: {key} {number!r} is not an integer{' or a name' if of_images else ''}.")
+    for number, count in Counter(numbers).items():
         if count > 1:
             raise UserError(f"{path}: {count} {kind} have the {key} {number}.")
 
@@ -476,13 +492,14 @@ def _wrong_shape(segmentation: Any, image: Record) -> str | None:
     if not segmentation:
         return "has no segmentation, where others have one"
     if isinstance(segmentation, dict):
-        if "counts" not in segmentation or not _numbers(segmentation.get("size")) or len(segmentation["size"]) != 2:
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if not (_lengths(size) and len(size) == 2 and (isinstance(counts, str) or _lengths(counts))):
             return "its segmentation is neither polygons nor a run-length encoding with size and counts"
-        height, width = segmentation["size"]
+        height, width = size
         if (height, width) != (image["height"], image["width"]):
             return f"its mask has {_size((height, width))} pixels, the image {_size((image['height'], image['width']))}"
         return None
-    for polygon in segmentation:
+    for polygon in segmentation if isinstance(segmentation, list) else [segmentation]:
         if not _numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
             return f"polygon {polygon} has fewer than three points [x, y, x, y, ...]"
     return None
@@ -495,6 +512,20 @@ def _clamp(box: Sequence[float], image: Record) -> tuple[list[float], bool]:
     limits = [image["width"], image["height"]] * 2
     inside = [min(max(corner, 0.0), limit) for corner, limit in zip(corners, limits, strict=True)]
     return inside, any(abs(one - other) > 0.01 for one, other in zip(corners, inside, strict=True))
+
+
+def _entry(table: dict[Any, Any], key: Any) -> Any:
+    """`table[key]`; None where there is none, whatever a file has in the place of a key."""
+    return table.get(key) if isinstance(key, int | float | str) else None
+
+
+def _unknown(annotation: Record) -> Record:
+    """What stands for the image of an annotation that is of none."""
+    return {"file_name": "?", "id": repr(annotation.get("image_id"))}
+
+
+def _lengths(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int) and value >= 0 for value in values)
 
 
 def _numbers(values: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
-from dinat.data.images import open_image
+from dinat.data.images import count_endings, open_image, walk_data
 from dinat.data.sources import SYNONYMS
 from dinat.errors import UserError
+
+log = logging.getLogger("dinat")
 
 
 def split_names(split: str) -> tuple[str, ...]:
@@ -52,19 +56,24 @@ def read_image(path: Path) -> tv_tensors.Image:
 
 
 def named_files(folder: Path, endings: Collection[str]) -> dict[str, Path]:
-    """Path below the folder, without its ending -> file, sorted; other files are no data.
+    """Path below the folder, without its ending -> file, sorted; files with other endings are left out, and said.
 
     Raises:
         UserError: where there is none, or two have the same name.
     """
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    left_out: Counter[str] = Counter()
+    for path in sorted(below / name for below, _, names in walk_data(folder) for name in names):
         place = path.relative_to(folder).as_posix()
         ending = next((ending for ending in endings if place.lower().endswith(ending.lower())), None)
-        if ending is not None:
-            if (name := place[: -len(ending)]) in files:
-                raise UserError(f"{path} and {files[name].name} have the same name.")
-            files[name] = path
+        if ending is None:
+            left_out[path.suffix.lower()] += 1
+            continue
+        if (name := place[: -len(ending)]) in files:
+            raise UserError(f"{path} and {files[name].name} have the same name.")
+        files[name] = path
+    if left_out:
+        log.info("%s: %s", folder, count_endings(left_out, "with other endings"))
     if not files:
         raise UserError(f"{folder}: holds no files of the kinds {', '.join(sorted(endings))}.")
     return files

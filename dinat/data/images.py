@@ -66,6 +66,8 @@ def open_image(
         raise ImageError("cannot identify image file") from error
     except FileNotFoundError as error:
         raise ImageError("no such file") from error
+    except IsADirectoryError as error:
+        raise ImageError("a folder, not an image") from error
     except Exception as error:  # decoders raise anything on malformed bytes: OSError, SyntaxError, struct.error
         raise ImageError(str(error) or type(error).__name__) from error
 
@@ -109,6 +111,11 @@ def pick_images(paths: Iterable[str], endings: Collection[str] | None = None) ->
             images.append(path)
         else:
             left_out[ending] += 1
+    return images, count_endings(left_out, "as no image") if left_out else ""
+
+
+def count_endings(left_out: Counter[str], reason: str) -> str:
+    """One line about files that are left out, by their endings."""
     listed = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in left_out.most_common(8))
     count = left_out.total()
-    return images, f"{count} file{'s are' if count > 1 else ' is'} left out as no image: {listed}" if count else ""
+    return f"{count} file{'s are' if count > 1 else ' is'} left out {reason}: {listed}"

@@ -110,13 +110,17 @@ def read_names(root: Path, classes: Sequence[str] | str | None) -> list[str]:
     """
     if classes is None or isinstance(classes, str):
         files = [root / classes] if classes else [root / name for name in NAMES]
-        path = first_existing(files, "names of the classes, one per line (or set data.classes)")
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        path = first_existing(files, "names of the classes, one per line (or set data.kwargs.classes)")
+        try:
+            text = path.read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}. Save it as that.") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         if path.name == NAMES[1]:  # Idx, Ratio, Train, Val, Name
             lines = [line.split("\t")[-1].strip() for line in lines[1:]]
         classes, source = lines, str(path)
     else:
-        source = "data.classes"
+        source = "data.kwargs.classes"
     if not classes:
         raise UserError(f"{source}: no names of classes.")
     if shared := sorted({name for name in classes if list(classes).count(name) > 1}):
@@ -130,7 +134,7 @@ def _label_of_values(count: int, ignore_label: int | None, reduce_zero_label: bo
     labels = {label + first: label for label in range(count)}
     if ignore_label in labels:
         raise UserError(
-            f"data.ignore_label={ignore_label}: is the value of a class; there are {count} from {first} on."
+            f"data.kwargs.ignore_label={ignore_label}: is the value of a class; there are {count} from {first} on."
         )
     if reduce_zero_label:
         labels[0] = IGNORED

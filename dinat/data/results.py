@@ -14,10 +14,13 @@ from dinat import rle
 from dinat.files import write_atomically, write_text
 
 
-def detection_records(image_id: int, prediction: dict[str, Any], category_ids: Sequence[int]) -> list[dict[str, Any]]:
+def detection_records(
+    image_id: int, file_name: str, prediction: dict[str, Any], category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
     """The detections of an image as COCO's records: box [left, top, width, height], score, run-length encoded mask.
 
     Args:
+        file_name: of the image; COCO has none here, and its readers do not mind.
         prediction: `boxes` (N, 4) XYXY, `scores`, `labels` and perhaps `masks` (N, H, W), in the original frame.
         category_ids: the data's id of each label.
     """
@@ -26,6 +29,7 @@ def detection_records(image_id: int, prediction: dict[str, Any], category_ids: S
     records = [
         {
             "image_id": image_id,
+            "file_name": file_name,
             "category_id": category_ids[label],
             "bbox": [left, top, right - left, bottom - top],
             "score": score,
@@ -39,10 +43,10 @@ def detection_records(image_id: int, prediction: dict[str, Any], category_ids: S
 
 
 def write_detections(
-    path: Path, predictions: Iterable[tuple[int, dict[str, Any]]], category_ids: Sequence[int]
+    path: Path, predictions: Iterable[tuple[int, str, dict[str, Any]]], category_ids: Sequence[int]
 ) -> None:  # fmt: skip
-    """Writes the records of all `(image_id, prediction)` as one JSON list."""
-    records = [record for image, found in predictions for record in detection_records(image, found, category_ids)]
+    """Writes the records of all `(image_id, file name of the image, prediction)` as one JSON list."""
+    records = [record for prediction in predictions for record in detection_records(*prediction, category_ids)]
     write_text(path, json.dumps(records))
 
 

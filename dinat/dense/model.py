@@ -114,7 +114,14 @@ class DenseModel(nn.Module):
 
     def scores(self, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple]) -> list[Tensor]:
         """Scores of the classes for each pixel, (num_classes, height, width) for each image; arguments as before."""
-        raise UserError(f"{self.method} with task={self.task} has no scores of pixels that could be averaged.")
+        return [self.activate(maps) for maps in self.fitted_maps(batch, frames, sizes)]
+
+    def fitted_maps(self, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple]) -> list[Tensor]:
+        """`maps` of each image alone, in the size of its result: (num_classes, height, width)."""
+        return [
+            resize(maps[None, :, :height, :width], size)[0]
+            for maps, (height, width), size in zip(self.maps(batch), frames, sizes, strict=True)
+        ]
 
     def maps(self, batch: Tensor) -> Tensor:
         """What is averaged over windows: (batch, num_classes, height, width), in the batch's own size."""

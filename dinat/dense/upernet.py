@@ -122,25 +122,14 @@ class UPerNet(DenseModel):
     def predictions(self, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple], **kwargs: Any) -> list[dict]:
         if kwargs.get("task", self.task) != self.task or kwargs.keys() - {"task"}:
             raise TypeError(f"predict() of {self.method} takes no {', '.join(kwargs)}")
-        return [{"semantic": logits.argmax(0)} for logits in self._logits(batch, frames, sizes)]
-
-    def scores(self, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple]) -> list[Tensor]:
-        """Probabilities."""
-        return [self.activate(logits) for logits in self._logits(batch, frames, sizes)]
+        return [{"semantic": logits.argmax(0)} for logits in self.fitted_maps(batch, frames, sizes)]
 
     def maps(self, batch: Tensor) -> Tensor:
         return self.outputs(batch).float()
 
     def activate(self, maps: Tensor) -> Tensor:
+        """Probabilities."""
         return maps.softmax(0)
-
-    def _logits(self, batch: Tensor, frames: Sequence[tuple], sizes: Sequence[tuple]) -> list[Tensor]:
-        """Logits (num_classes, height, width) of each image in its size."""
-        logits = self.outputs(batch).float()
-        return [
-            resize(x[None, :, :height, :width], size)[0]
-            for x, (height, width), size in zip(logits, frames, sizes, strict=True)
-        ]
 
 
 def init_head(head: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 A metric takes what a model predicts and the targets of the data: `update(predictions, targets)` on every process, then
 `compute(world)`, which returns the same figures on all of them, in percent but for losses, and `per_class(world)`.
+What people call the figures that the tables show is in `labels`, in their order.
 """
 
 from __future__ import annotations

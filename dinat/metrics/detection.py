@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -34,6 +34,15 @@ class DetectionMetric:
         classes: names, in the order of the labels.
         masks: whether masks are scored beside boxes.
     """
+
+    labels: ClassVar[dict[str, str]] = {
+        "box_ap": "box AP",
+        "box_ap50": "box AP50",
+        "box_ap75": "box AP75",
+        "mask_ap": "mask AP",
+        "mask_ap50": "mask AP50",
+        "mask_ap75": "mask AP75",
+    }
 
     def __init__(self, classes: Sequence[str], masks: bool = True) -> None:
         self.classes = list(classes)

@@ -6,7 +6,7 @@ torchmetrics' PanopticQuality forgives a missed segment where the prediction is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ class PanopticMetric:
         classes: names, in the order of the labels.
         things: which of them are things.
     """
+
+    labels: ClassVar[dict[str, str]] = {"pq": "PQ", "pq_things": "PQ things", "pq_stuff": "PQ stuff"}
 
     def __init__(self, classes: Sequence[str], things: Sequence[bool]) -> None:
         self.classes, self.things = list(classes), np.array(things, bool)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class SemanticMetric:
     Args:
         classes: names, in the order of the labels.
     """
+
+    labels: ClassVar[dict[str, str]] = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = list(classes)

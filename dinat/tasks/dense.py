@@ -202,7 +202,7 @@ class DenseTask(Task):
         for index in range(min(PICTURES, len(self.val_set))):
             image, target = self.val_set[index]
             views, target = transform(image, target)
-            rows.append((image, target, self.predict(model, [views], [target["size"]])[0]))
+            rows.append((image, without_crowds(target), self.predict(model, [views], [target["size"]])[0]))
         model.train(training)
         write_pictures(folder / "predictions.png", rows, self.classes)
 

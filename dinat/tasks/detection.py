@@ -21,14 +21,7 @@ class Detection(DenseTask):
     name = "detection"
     headline = "box_ap"
     hub_task = "object-detection"
-    labels: ClassVar[dict[str, str]] = {
-        "box_ap": "box AP",
-        "box_ap50": "box AP50",
-        "box_ap75": "box AP75",
-        "mask_ap": "mask AP",
-        "mask_ap50": "mask AP50",
-        "mask_ap75": "mask AP75",
-    }
+    labels = DetectionMetric.labels
     readers: ClassVar = {
         "digit_scenes": DetectionScenes,
         "coco": CocoObjects,

@@ -19,7 +19,7 @@ class Panoptic(DenseTask):
     name = "panoptic"
     headline = "pq"
     hub_task = "image-segmentation"
-    labels: ClassVar[dict[str, str]] = {"pq": "PQ", "pq_things": "PQ things", "pq_stuff": "PQ stuff"}
+    labels = PanopticMetric.labels
     readers: ClassVar = {
         "digit_scenes": PanopticScenes,
         "coco_panoptic": CocoPanoptic,

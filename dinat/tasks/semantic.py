@@ -20,7 +20,7 @@ class Semantic(DenseTask):
     headline = "miou"
     hub_task = "image-segmentation"
     averages = True
-    labels: ClassVar[dict[str, str]] = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}
+    labels = SemanticMetric.labels
     readers: ClassVar = {
         "digit_scenes": SemanticScenes,
         "masks": SemanticFolder,

@@ -112,6 +112,10 @@ def test_bad_input(tmp_path, monkeypatch):
     model, images = timm.create_model("dinat_pico"), torch.randn(2, 3, 32, 32)
     with pytest.raises(UserError, match=r"path=model.pb: must end in .onnx or .pt2"):
         export(model, images, "model.pb")
+    with pytest.raises(UserError, match=r"path=nowhere/model.pt2: there is no folder nowhere\."):
+        export(model, images, "nowhere/model.pt2")
+    with pytest.raises(UserError, match=r"--img-size \(0, 0\): dinat_pico does not take it: img_size must be a"):
+        command("dinat_pico", img_size=(0, 0), pretrained=False)
     with pytest.raises(UserError, match=r"dinat_mimi: no such model. Did you mean dinat_mini"):
         command("dinat_mimi")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -195,6 +195,17 @@ def test_predict_names_and_formats(dinat, photo, tmp_path, pico):
         assert [Path(row["image"]).name for row in table] == ["a.PNG", "b.png", "photo.jpg"]
 
 
+def test_names_are_shown_as_they_are(dinat, photo, tmp_path, pico):
+    """Neither markup nor the names of emoji."""
+    for name in ("[red]a.png", ":cat:.png", "[bold]bad.png"):
+        Image.open(photo).save(tmp_path / name)
+    (tmp_path / "[bold]bad.png").write_bytes(b"no image")
+    paths = [tmp_path / name for name in ("[red]a.png", ":cat:.png", "[bold]bad.png")]
+    _, out, err = dinat("predict", *paths, "--model", "dinat_pico", "--checkpoint", pico[0], "--top", 1)
+    assert [line.split()[0] for line in out.splitlines()[1:]] == list(map(str, paths[:2]))  # nor are they cut
+    assert err.splitlines()[0] == f"{paths[2]}: cannot identify image file"
+
+
 def test_predict_shows_the_softmax_of_the_model(dinat, tmp_path):
     """In evaluation mode, of each image its own, under the names that the model has for its classes."""
     images = [Image.effect_noise((32, 32), sigma) for sigma in (30, 90, 60)]
@@ -229,6 +240,7 @@ def test_predict_refuses(dinat, photo, tmp_path, pico):
     refused(dinat("predict", photo, "--model", "dinat_pica"), "no such model. Did you mean dinat_pico")
     refused(dinat("predict", photo, "--model", "local-dir:/nowhere"), "--model local-dir:/nowhere: ")
     refused(dinat("predict", photo, "--model", "dinat_pico", "--checkpoint", "/nowhere"), "/nowhere: no such file")
+    refused(dinat("predict", photo, "--model", "dinat_pico", "--checkpoint", tmp_path), "a folder, not a file")
     refused(dinat("predict", photo, "--model", "dinat_nano", "--checkpoint", pico[0]), "is of another architecture")
     refused(
         dinat("predict", photo, "--multi-scale"), "--multi-scale: not with --model dinat_mini, only with models for"

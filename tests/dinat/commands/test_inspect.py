@@ -72,14 +72,20 @@ def test_heads(inspect, tmp_path):
     assert out.split()[-3:] == ["out/heads.csv", "out/heads.png", "out/patterns.png"]
 
 
-def test_erf_is_of_the_whole_image(inspect, place, tmp_path):
+def test_erf_is_of_the_whole_image(inspect, place, tmp_path, monkeypatch):
+    given = []
+    spy = lambda model, batches: effective_fields(model, (given.append(batch) or batch for batch in batches))  # noqa: E731
+    monkeypatch.setattr("dinat.inspect.effective_fields", spy)
     status, _, err = inspect("erf", "a.png", "b.png", "--size", "32", "--limit", "1")
     assert (status, err) == (0, "")
-    fields = effective_fields(loaded(place), [seen(place, "a.png", (32, 32))])
+    image = seen(place, "a.png", (32, 32))
+    (batch,) = given
+    torch.testing.assert_close(batch, image, atol=0.02, rtol=0)  # the resized pixels are rounded
+    fields = effective_fields(loaded(place), [image])
     rows = list(csv.DictReader((tmp_path / "out" / "erf.csv").open()))
     found = [float(row["area"]) for row in rows if row["measure"] == "sums"]
     expected = [square.area for field in fields for square in squares(field)]
-    np.testing.assert_allclose(found, expected, atol=0.05)  # the resized pixels are rounded
+    np.testing.assert_allclose(found, expected, atol=0.05)
 
 
 def test_cam(inspect, place, tmp_path, monkeypatch):
@@ -121,6 +127,7 @@ def test_bad_input(inspect, dinat, place, tmp_path):
     refused(inspect("attention", "a.png", "--block", "7.0"), "block=7.0: no such block")
     refused(inspect("attention", "a.png", "--head", "1"), "head=1: block 0.0 has heads 0 to 0")
     refused(inspect("attention", "no.png"), "no.png: no such file")
+    refused(inspect("attention", place), f"IMAGE {place}: a folder, not an image")
     refused(inspect("cam", "a.png", "--class", "5"), "--class 5: the model has classes 0 to 4")
     refused(inspect("cam", "a.png", "--class", "cat"), "--class cat: no classes have this name")
     refused(dinat("inspect", "field", "dinat_mimi"), "MODEL dinat_mimi: no such model. Did you mean dinat_mini")

@@ -195,6 +195,16 @@ BAD = {
     "category without name": (with_entries(categories=[{"id": 7}]), "category 7 has no name"),
     "shared annotation id": (change(1, id=1), "2 annotations have the id 1"),
     "unknown image": (change(0, image_id=6), r"image \? \(id 6\), annotation 1: there is no such image"),
+    "id as text": (change(0, image_id="31"), r"image \? \(id '31'\), annotation 1: there is no such image"),
+    "id of another kind": (change(0, image_id=[31]), r"image \? \(id \[31\]\), annotation 1: there is no such image"),
+    "own id of another kind": (change(0, id=[1]), r"annotations: id \[1\] is not an integer"),
+    "label as text": (change(0, category_id="12"), FIRST + "category_id '12' has no name in categories"),
+    "label of another kind": (change(0, category_id=[12]), FIRST + r"category_id \[12\] has no name in categories"),
+    "no labels": (with_entries(categories=[]), "instances_train2017.json: holds no categories"),
+    "crowd as text": (change(0, iscrowd="0"), FIRST + "iscrowd '0' is neither 0 nor 1"),
+    "area as text": (change(0, area="99"), FIRST + "area '99' is no number of pixels"),
+    "negative area": (change(0, area=-1), FIRST + "area -1 is no number of pixels"),
+    "area without a number": (change(0, area=float("nan")), FIRST + "area nan is no number of pixels"),
     "label without a name": (change(0, category_id=3), FIRST + "category_id 3 has no name in categories"),
     "no box": (change(0, bbox=None), FIRST + r"box None is not \[left, top, width, height\]"),
     "not numbers": (change(0, bbox=[1, 2, float("nan"), 3]), FIRST + "box .* is not"),
@@ -209,6 +219,13 @@ BAD = {
     "mask of another size": (
         change(0, segmentation={"size": [4, 5], "counts": [20]}), FIRST + "its mask has 5 x 4 pixels, the image 14 x",
     ),
+    "no mask at all": (change(0, segmentation=True), FIRST + "polygon True has fewer than three points"),
+    "mask without counts": (
+        change(0, segmentation={"size": [HEIGHT, WIDTH], "counts": None}), FIRST + "its segmentation is",
+    ),
+    "fractions of pixels": (
+        change(0, segmentation={"size": [HEIGHT, WIDTH], "counts": [1.5, 138.5]}), FIRST + "its segmentation is",
+    ),
     "no mask": (change(0, segmentation=[]), FIRST + "has no segmentation, where others have one"),
 }  # fmt: skip
 
@@ -219,6 +236,20 @@ def test_what_is_wrong_is_said_before_training(tmp_path, content, message):
         CocoObjects(write(tmp_path, content()), "train")
     assert re.search(message, str(error.value)), error.value
     assert str(tmp_path / "annotations/instances_train2017.json") in str(error.value)
+
+
+def test_what_is_bad_is_failed_or_skipped(tmp_path):
+    with pytest.raises(UserError, match=r"data\.kwargs\.on_bad=ignore: must be fail or skip\."):
+        CocoObjects(write(tmp_path, objects()), "train", on_bad="ignore")
+
+
+def test_hidden_files_are_not_missed_in_a_file(tmp_path, caplog):
+    write(tmp_path, objects())
+    save(tmp_path / "train2017/._a.png", np.zeros((2, 2)))
+    save(tmp_path / "train2017/d.png", np.zeros((2, 2)))
+    with caplog.at_level("INFO", "dinat"):
+        CocoObjects(tmp_path, "train")
+    assert f"{tmp_path}/train2017: 1 images are not in" in caplog.text
 
 
 def test_what_is_wrong_can_be_left_out_and_is_said(tmp_path, caplog):
@@ -322,6 +353,7 @@ def annotations(*kept, **values):
 
 ANT, B = {"id": 9, "category_id": 7}, r"panoptic_train2017.json: image b.png \(id 5\): "
 BAD_PANOPTIC = {
+    "crowd as text": (segments(0, {**ANT, "iscrowd": "0"}), B + "segment 9: iscrowd '0' is neither 0 nor 1"),
     "shared segment id": (segments(0, ANT, ANT), B + "several segments have the id 9"),
     "unknown class": (segments(0, {"id": 9, "category_id": 4}), B + "segment 9: category_id 4 has no name"),
     "id of void": (segments(0, {"id": 0, "category_id": 7}), B + "segment 0: ids are from 1 to 16777215"),

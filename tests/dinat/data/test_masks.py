@@ -105,13 +105,35 @@ def test_images_and_masks_come_in_pairs(tmp_path):
         SemanticFolder(tmp_path, "train")
 
 
+def test_hidden_files_are_no_data_and_others_are_said(tmp_path, caplog):
+    """Jupyter copies an image with its mask; macOS writes a second file beside each one into archives."""
+    write(tmp_path)
+    for folder, ending in (("images/train", "jpg"), ("annotations/train", "png")):
+        save(tmp_path / folder / ".ipynb_checkpoints" / f"b.{ending}", LABELS)
+        save(tmp_path / folder / f"._b.{ending}", LABELS)
+    (tmp_path / "images/train/notes.txt").write_text("words")
+    with caplog.at_level("INFO", "dinat"):
+        source = SemanticFolder(tmp_path, "train")
+    assert [source.filename(index) for index in range(len(source))] == ["b.jpg", "sub/a.jpg"]
+    assert caplog.messages == [f"{tmp_path}/images/train: 1 file is left out with other endings: 1 .txt"]
+
+
+def test_names_are_utf_8(tmp_path):
+    write(tmp_path, names=None)
+    (tmp_path / "classes.txt").write_bytes("\ufeffgrün\n猫\nx".encode())  # with the mark that Windows writes
+    assert SemanticFolder(tmp_path, "train").classes == ["grün", "猫", "x"]
+    (tmp_path / "classes.txt").write_bytes("rot\ngrün".encode("latin-1"))
+    with pytest.raises(UserError, match=r"classes.txt: not UTF-8: .* at byte 6\. Save it as that\."):
+        SemanticFolder(tmp_path, "train")
+
+
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        (None, {}, "names of the classes, one per line (or set data.classes): not found. Looked for"),
+        (None, {}, "names of the classes, one per line (or set data.kwargs.classes): not found. Looked for"),
         ("ant\nbee\nant\n", {}, "classes.txt: several classes are named ant."),
         ("\n", {}, "classes.txt: no names of classes."),
-        ("ant\nbee\n", {"ignore_label": 1}, "data.ignore_label=1: is the value of a class; there are 2 from 0 on."),
+        ("ant\nbee\n", {"ignore_label": 1}, "kwargs.ignore_label=1: is the value of a class; there are 2 from 0 on."),
         ("ant", {"masks": "elsewhere"}, "train: folder of masks: not found. Looked for"),
         ("ant", {"images": "elsewhere"}, "train: folder of images: not found. Looked for"),
     ],

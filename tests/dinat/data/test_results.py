@@ -24,7 +24,7 @@ def test_detections_are_read_by_pycocotools(tmp_path):
         "masks": masks,
     }
     nothing = {key: value[:0] for key, value in found.items()}
-    write_detections(tmp_path / "found.json", [(42, found), (7, nothing)], category_ids=[7, 90])
+    write_detections(tmp_path / "found.json", [(42, "a.jpg", found), (7, "b.jpg", nothing)], category_ids=[7, 90])
     with contextlib.redirect_stdout(io.StringIO()):
         data = coco.COCO()
         data.dataset = {"images": [{"id": 42, "height": 8, "width": 9}], "categories": [{"id": 7}, {"id": 90}]}
@@ -39,9 +39,9 @@ def test_detections_are_read_by_pycocotools(tmp_path):
 
 def test_boxes_alone(tmp_path):
     found = {"boxes": torch.ones(1, 4), "scores": torch.ones(1), "labels": torch.zeros(1, dtype=torch.int64)}
-    write_detections(tmp_path / "found.json", [(1, found)], category_ids=[3])
+    write_detections(tmp_path / "found.json", [(1, "a.jpg", found)], category_ids=[3])
     assert json.loads((tmp_path / "found.json").read_text()) == [
-        {"image_id": 1, "category_id": 3, "bbox": [1, 1, 0, 0], "score": 1}
+        {"image_id": 1, "file_name": "a.jpg", "category_id": 3, "bbox": [1, 1, 0, 0], "score": 1}
     ]
 
 

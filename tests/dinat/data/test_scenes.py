@@ -121,11 +121,11 @@ def test_targets_of_the_tasks_agree():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"digits": (3, 2)}, "data.digits=[3, 2]"),
-        ({"digit_size": (0, 9)}, "data.digit_size=[0, 9]"),
-        ({"size": 32, "digit_size": (20, 40)}, "data.digit_size=[20, 40]: larger than a scene, data.size=32."),
-        ({"visible": 0.0}, "data.visible=0.0: give a share of a digit, above 0 and up to 1."),
-        ({"contrast": 0.7}, "data.contrast=0.7: give a difference in brightness from 0 to 0.5."),
+        ({"digits": (3, 2)}, "data.kwargs.digits=[3, 2]"),
+        ({"digit_size": (0, 9)}, "data.kwargs.digit_size=[0, 9]"),
+        ({"size": 32, "digit_size": (20, 40)}, "kwargs.digit_size=[20, 40]: larger than a scene, data.img_size=32."),
+        ({"visible": 0.0}, "data.kwargs.visible=0.0: give a share of a digit, above 0 and up to 1."),
+        ({"contrast": 0.7}, "data.kwargs.contrast=0.7: give a difference in brightness from 0 to 0.5."),
     ],
 )
 def test_options_that_cannot_be(options, message):

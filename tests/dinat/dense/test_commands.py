@@ -73,6 +73,8 @@ def test_info_in_words(dinat):
         assert line in out.splitlines()
     status, _, err = dinat("info", "mask_rcnn_dinat_tiny.coko")
     assert (status, "no such model. Did you mean mask_rcnn_dinat_tiny.coco" in err) == (2, True)
+    status, _, err = dinat("info", "mask_rcnn_dinat_tiny")  # of which data, the name must say
+    assert (status, "no such model. Did you mean mask_rcnn_dinat_tiny.coco" in err) == (2, True)
 
 
 def test_download_and_verify(dinat, hub, weights, monkeypatch, tmp_path):
@@ -226,6 +228,33 @@ def test_predict_refuses(dinat, weights, tmp_path):
     command = ("--model", f"local-dir:{tmp_path}/out", "--checkpoint", file, "--output", tmp_path / "found")
     status, _, err = dinat("predict", tmp_path / "photo.jpg", *command)
     assert (status, "has its weights already. Leave one of them out" in err) == (2, True)
+
+
+def test_results_never_replace_an_image_or_each_other(dinat, tmp_path):
+    names = ("a.png", "a.jpg", "a_labels.jpg", "below/a.jpg")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    png, jpg, labels, other = (tmp_path / name for name in names)
+    found, at = tmp_path / "found", lambda folder: ("--model", SEMANTIC, "--output", folder)
+    for arguments, message in (
+        ((tmp_path, *at(tmp_path / "below" / "..")), "/a.png, a result of {jpg}, would replace an image. Give"),
+        ((jpg, png, *at(tmp_path)), f"--output {tmp_path}: {png}, a result of {jpg}, would replace an image"),
+        ((jpg, other, *at(found)), f"IMAGE {other}: its result {found}/a.png would be that of {jpg} too. Rename one"),
+        ((jpg, labels, *at(found)), f"IMAGE {labels}: its result {found}/a_labels.png would be that of {jpg} too."),
+    ):
+        status, _, err = dinat("predict", *arguments)
+        assert (status, message.format(jpg=jpg) in err) == (2, True), err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("name", [DETECTOR, PANOPTIC])
+def test_several_scales_are_for_semantic_maps(name, dinat, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    status, _, err = dinat("predict", tmp_path / "a.jpg", "--model", name, "--output", tmp_path / "x", "--multi-scale")
+    message = f"error: --multi-scale: not with --model {name}, only with models for semantic segmentation.\n"
+    assert (status, err) == (2, message)
 
 
 def test_export_knows_them(dinat, weights):

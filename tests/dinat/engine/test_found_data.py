@@ -423,7 +423,7 @@ def test_predict_gives_what_can_be_read(put, tmp_path, dinat, monkeypatch):
         assert [line.split(",")[0] for line in out.splitlines()[1:]] == [f"{tmp_path}/a.png", f"{tmp_path}/d.png"]
         assert f"{tmp_path}/b.png: " in err
         assert f"{tmp_path}/c.png: Image size (20000 pixels) exceeds limit" in err
-        assert "error: 2 of 4 images cannot be read and have no rows." in err
+        assert "error: 2 of 4 images cannot be read and have no results." in err
 
 
 def test_a_model_that_cannot_take_the_images_is_named(tiny, digits_folder, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -19,6 +20,7 @@ from dinat.engine import evaluate, train
 from dinat.engine.checkpoint import read_checkpoint
 from dinat.engine.training import Trainer
 from dinat.errors import UserError
+from dinat.tasks.dense import DenseTask
 
 TASKS = ("detection", "semantic", "panoptic")
 HEADLINES = {"detection": "box_ap", "semantic": "miou", "panoptic": "pq"}
@@ -75,9 +77,9 @@ def test_exported_folder_is_a_model(run):
 def test_predict_writes_pictures_and_results(run, tmp_path, monkeypatch, capsys):
     """The command line on images of other sizes, one of them damaged."""
     task, folder, _ = run
-    for index, size in enumerate([(40, 28), (64, 64)]):
+    for index, size in enumerate([(40, 28), (64, 64)], start=1):
         Image.new("RGB", size, (90, 120, 60 + index)).save(tmp_path / f"{index}.jpg")
-    (tmp_path / "2.jpg").write_text("no image")
+    (tmp_path / "0.jpg").write_text("no image")
     output = tmp_path / "found"
     arguments = ["dinat", "predict", tmp_path, "--model", f"local-dir:{folder}", "--output", output]
     monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
@@ -85,20 +87,38 @@ def test_predict_writes_pictures_and_results(run, tmp_path, monkeypatch, capsys)
         dinat.commands.main()
     assert stop.value.code == 2
     messages = capsys.readouterr().err
-    assert "2.jpg: cannot identify image file" in messages
+    assert "0.jpg: cannot identify image file" in messages
     assert "1 of 3 images cannot be read" in messages
-    assert Image.open(output / "0.png").size == (40, 28)
+    assert Image.open(output / "1.png").size == (40, 28)
     if task == "detection":
         records = json.loads((output / "detections.json").read_text())
-        assert {record["image_id"] for record in records} == {0, 1}
+        assert {(record["image_id"], record["file_name"]) for record in records} == {
+            (number, str(tmp_path / f"{number}.jpg")) for number in (1, 2)
+        }
         assert all(record["segmentation"]["size"] in ([28, 40], [64, 64]) for record in records)
     elif task == "panoptic":
         annotations = json.loads((output / "panoptic.json").read_text())["annotations"]
-        assert [one["file_name"] for one in annotations] == ["0.png", "1.png"]
-        assert Image.open(output / "panoptic" / "1.png").size == (64, 64)
+        assert [(one["image_id"], one["file_name"]) for one in annotations] == [(1, "1.png"), (2, "2.png")]
+        assert Image.open(output / "panoptic" / "2.png").size == (64, 64)
     else:
-        labels = Image.open(output / "0_labels.png")
+        labels = Image.open(output / "1_labels.png")
         assert (labels.size, labels.mode) == ((40, 28), "L")
+
+
+def test_crowds_are_not_drawn_as_objects(tmp_path, monkeypatch):
+    target = {
+        "boxes": torch.tensor([[1.0, 1, 5, 5], [0, 0, 9, 9]]), "labels": torch.tensor([1, 0]),
+        "iscrowd": torch.tensor([False, True]),
+    }  # fmt: skip
+    task = SimpleNamespace(
+        val_set=[(torch.zeros(3, 9, 9, dtype=torch.uint8), target)], classes=["ant", "bee"],
+        views=lambda: [[]], predict=lambda *_: [{}],
+    )  # fmt: skip
+    drawn = []
+    monkeypatch.setattr("dinat.tasks.dense.write_pictures", lambda path, rows, classes: drawn.extend(rows))
+    DenseTask.draw(task, torch.nn.Identity(), tmp_path)
+    ((_, truth, _),) = drawn
+    assert (truth["boxes"].tolist(), truth["labels"].tolist()) == ([[1, 1, 5, 5]], [1])
 
 
 def test_predict_at_several_scales(tmp_path, monkeypatch, capsys):
