@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dinat import engine
-from dinat.errors import UserError, nearest
+from dinat.errors import UserError, explain_os, nearest
 
 USER_ERROR = 2  # exit status
 RANK = int(os.environ.get("RANK", 0))  # of this process, where torchrun started it
@@ -39,6 +40,11 @@ def plainly() -> Iterator[None]:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
+    except OSError as error:
+        fail(explain_os(error))
+    except KeyboardInterrupt:  # before training can be continued, or of an evaluation
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except engine.Interrupted as stopped:
         kept = [arg for arg in sys.argv[1:] if not arg.startswith(("dir=", "resume=", "hydra.run.dir="))]
         command = shlex.join([Path(sys.argv[0]).name, *kept, f"dir={stopped.run_dir}", "resume=auto"])
@@ -114,9 +120,11 @@ def explain(error: Exception) -> str:
     """Hydra's message about a command line: the nearest name where one does not exist, the quotes where they lack."""
     message = str(error).split("\nConfig search path")[0]
     if missing := re.match(r"Could not override '([^']+)'", message):
-        key = missing[1]
+        key, known = missing[1], known_keys()
+        if key in known:
+            return f"{key}: not a setting of this command; the other of train.py and eval.py has it."
         return (
-            f"{key}: no such configuration key.{nearest(key, known_keys())} "
+            f"{key}: no such configuration key.{nearest(key, known)} "
             f"To add one to a free-form section such as model.kwargs, write +{key}=..."
         )
     if isinstance(error, MissingConfigException) and error.options and "/" in (error.missing_cfg_file or ""):

@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from dinat.data.digits import Digits
+from dinat.engine.settings import check_settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -47,7 +48,8 @@ def test_command_line_composes(command):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         words = [word for word in command[script + 1 :] if "=" in word]
         overrides = [word.split(",")[0] for word in words] if "-m" in command else words  # a sweep's first job
-        compose(Path(command[script]).stem, overrides=overrides)
+        cfg = compose(name := Path(command[script]).stem, overrides=overrides)
+    check_settings(cfg, null=name == "eval")
 
 
 def test_model_table(published):

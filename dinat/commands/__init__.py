@@ -8,7 +8,7 @@ import typer
 
 from dinat import export
 from dinat.commands import catalogue, inspect, predict, weights
-from dinat.errors import UserError
+from dinat.errors import UserError, explain_os
 
 app = typer.Typer(
     help="Neighborhood-attention vision models: what there is, their weights, and what they see.",
@@ -35,6 +35,6 @@ def main() -> None:
     """Console script `dinat`. A mistake is told in one message, with exit status 2."""
     try:
         app(prog_name="dinat")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {explain_os(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         sys.exit(2)

@@ -277,8 +277,10 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> list[Transform]:
         ((name, arguments),) = step.items()
         if name not in STEPS:
             raise UserError(f"augmentation: no step {name}. Known: {', '.join(STEPS)}.{nearest(str(name), STEPS)}")
+        named, listed = isinstance(arguments, Mapping), isinstance(arguments, list | None)
+        if not (named or listed):
+            raise UserError(f"augmentation: {name}: {arguments}: arguments have names, as in `- flip: {{p: 0.5}}`.")
         try:
-            named = isinstance(arguments, Mapping)
             built.append(STEPS[name](**arguments) if named else STEPS[name](*(arguments or ())))
         except (TypeError, ValueError) as error:
             raise UserError(f"augmentation: {name}: {arguments}: {error}") from error

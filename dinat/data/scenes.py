@@ -63,15 +63,15 @@ class DigitScenes(Dataset):
     ) -> None:  # fmt: skip
         for name, (least, most) in {"digits": digits, "digit_size": digit_size}.items():
             if not 1 <= least <= most:
-                raise UserError(f"data.{name}=[{least}, {most}]: give the least and the largest, from 1.")
+                raise UserError(f"data.kwargs.{name}=[{least}, {most}]: give the least and the largest, from 1.")
         if digit_size[1] > size:
             raise UserError(
-                f"data.digit_size=[{digit_size[0]}, {digit_size[1]}]: larger than a scene, data.size={size}."
+                f"data.kwargs.digit_size=[{digit_size[0]}, {digit_size[1]}]: larger than a scene, data.img_size={size}."
             )
         if not 0 <= contrast <= 0.5:
-            raise UserError(f"data.contrast={contrast}: give a difference in brightness from 0 to 0.5.")
+            raise UserError(f"data.kwargs.contrast={contrast}: give a difference in brightness from 0 to 0.5.")
         if not 0 < visible <= 1:
-            raise UserError(f"data.visible={visible}: give a share of a digit, above 0 and up to 1.")
+            raise UserError(f"data.kwargs.visible={visible}: give a share of a digit, above 0 and up to 1.")
         training = split == "train"
         self.split, self.size, self.digits, self.digit_size = split, size, tuple(digits), tuple(digit_size)
         self.contrast, self.visible, self.length = contrast, visible, scenes if training else VALIDATION_SCENES

@@ -72,7 +72,10 @@ def _open(
     if name == "folder":
         return _open_folder(data, split, class_map)
     if "/" not in name:
-        raise UserError(f"data.name={name}: no such dataset reader. Known: {READERS}.")
+        raise UserError(
+            f"data.name={name}: no such dataset reader. Known: {READERS}. Those of dense prediction need "
+            "task=detection, semantic or panoptic."
+        )
     root = data["root"]
     options = {"split": part, "download": data["download"]}
     if not name.startswith("torch/"):

@@ -55,6 +55,11 @@ def train_transform(preprocessing: Mapping[str, Any], options: Mapping[str, Any]
 
     For volumes, array -> uint8 `(C, D, H, W)` with the options of `volumes.train_transform`.
     """
+    if not isinstance(options, Mapping):
+        raise UserError(
+            f"augment.transform={options}: a list of steps is for dense prediction, a mapping such as {{hflip: 0}} is "
+            "for classification. Choose another augment=NAME."
+        )
     if len(preprocessing["input_size"]) == 4:
         return volumes.train_transform(preprocessing["input_size"], options)
     try:

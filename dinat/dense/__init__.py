@@ -117,7 +117,10 @@ def create_model(
     cls = _import(method)
     takes = list(inspect.signature(cls).parameters)
     for argument in kwargs.keys() - set(takes):
-        raise UserError(f"{argument}={kwargs[argument]}: {method} takes no such argument.{nearest(argument, takes)}")
+        raise UserError(
+            f"{argument}={kwargs[argument]}: {method} takes no such argument.{nearest(argument, takes)} "
+            f"On the command line, model={method} chooses it with arguments of its own."
+        )
     given = {"num_classes": num_classes, "backbone": in_name or backbone, **kwargs}
     given = {key: value for key, value in given.items() if value is not None}
     model = cls(**_merge(published, given))

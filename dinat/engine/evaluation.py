@@ -14,6 +14,7 @@ from dinat import dense
 from dinat.distributed import join
 from dinat.engine import checkpoint, report
 from dinat.engine.scoring import measure
+from dinat.engine.settings import check_settings
 from dinat.errors import UserError
 from dinat.files import write_csv
 from dinat.tasks import Origin, find_task
@@ -34,6 +35,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: for a mistake in the configuration, the checkpoint or the data.
     """
+    check_settings(cfg, null=True)
     with join(cfg.runtime.device) as world, report.logging_to(None, world.primary):
         given = {"checkpoint": cfg.checkpoint, "model.checkpoint": cfg.model.checkpoint}
         origin = origin_of(next((find_weights(path, key) for key, path in given.items() if path), None))

@@ -160,12 +160,21 @@ def add_row(path: Path, row: Mapping[str, Any], headline: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     row = {name: "" if value is None else str(value) for name, value in row.items()}
     with WeakFileLock(path.with_name(f".{path.name}.lock")):
-        rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-        if rows and rows[0].keys() != row.keys():
-            raise UserError(f"table={path}: has other columns, {', '.join(rows[0])}. Give another file.")
+        columns, rows = _read_table(path) if path.exists() else ([], [])
+        if columns and set(columns) != row.keys():
+            raise UserError(f"table={path}: has other columns, {', '.join(columns)}. Give another file.")
         same = [name for name in ("data", "model", "img_size", "crop_pct") if name in row]
         kept = [other for other in rows if any(other[name] != row[name] for name in same)]
         write_csv(path, sorted([*kept, row], key=lambda r: (r["data"], -float(r[headline]))))
+
+
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            return list(reader.fieldnames or ()), list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"table={path}: no table: {error}. Give another file.") from error
 
 
 def say(figures: Mapping[str, float], labels: Mapping[str, str]) -> str:

@@ -26,7 +26,8 @@ from dinat.distributed import World, gradient_sync, join, parallelize
 from dinat.engine import checkpoint, report
 from dinat.engine.optim import create_optimizer, create_schedule
 from dinat.engine.scoring import measure, report_bad_images
-from dinat.errors import UserError, nearest
+from dinat.engine.settings import check_settings
+from dinat.errors import UserError
 from dinat.files import write_atomically, write_csv, write_text
 from dinat.tasks import Scores, Step, find_task
 from dinat.tasks.models import check_fit, to_channels_last, to_dict
@@ -34,11 +35,6 @@ from dinat.tasks.task import autocast_dtype
 
 log = report.log
 
-CHOICES = {
-    "runtime.parallel": ("ddp", "fsdp"),
-    "data.on_bad_image": ("skip", "fail"),
-    "checkpoint.export": ("last", "best"),
-}
 # what may differ when a run is continued without a word about it
 INCIDENTAL = (
     "dir",
@@ -95,8 +91,10 @@ class Trainer:
     def __init__(self, cfg: DictConfig, run_dir: Path, world: World) -> None:
         self.cfg, self.run_dir, self.world = cfg, run_dir, world
         # What is cheap to check comes first: nothing heavy starts on a mistake.
-        self.check_choices()
+        check_settings(cfg)
         dtype = autocast_dtype(cfg.runtime.dtype)
+        if cfg.runtime.parallel == "fsdp" and dtype == torch.float16:
+            raise UserError("runtime.dtype=float16: not with runtime.parallel=fsdp. Use bfloat16.")
         self.task = find_task(cfg.task)(cfg.data, cfg.model, cfg.runtime, world)
         resume = world.agree(checkpoint.find_resume(cfg.resume, run_dir))
         saved = checkpoint.read_checkpoint(resume) if resume else None
@@ -399,22 +397,10 @@ class Trainer:
             self.last_step, self.updates, self.cfg.batch_size, self.world.size, self.world.device, self.run_dir,
         )  # fmt: skip
 
-    # ---- what is checked ----
-
-    def check_choices(self) -> None:
-        for key, known in CHOICES.items():
-            value = OmegaConf.select(self.cfg, key)
-            if value not in known:
-                raise UserError(
-                    f"{key}={value}: no such choice. Known: {', '.join(known)}.{nearest(str(value), known)}"
-                )
-        if self.cfg.runtime.parallel == "fsdp" and self.cfg.runtime.dtype == "float16":
-            raise UserError("runtime.dtype=float16: not with runtime.parallel=fsdp. Use bfloat16.")
-
     def batch_per_process(self) -> int:
         """Images per forward pass: `batch_size` counts those of an update, over all processes and parts."""
         total, shares = self.cfg.batch_size, self.cfg.runtime.grad_accum * self.world.size
-        if total < 1 or total % shares:
+        if total % shares:
             raise UserError(
                 f"batch_size={total}: not a multiple of {self.world.size} processes x runtime.grad_accum="
                 f"{self.cfg.runtime.grad_accum}. batch_size counts the images of one update, over all of them."

@@ -14,6 +14,7 @@ from torch import nn
 from dinat import dense
 from dinat.data.dense_transforms import dense_train_transform
 from dinat.engine.optim import create_optimizer, create_schedule
+from dinat.engine.settings import check_settings
 from dinat.tasks import find_task
 from dinat.tasks.models import to_dict
 
@@ -174,6 +175,7 @@ def test_every_published_model_has_one():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe(compose, name):
     cfg, recipe = compose(f"experiment={name}", "data.root=/data"), RECIPES[name]
+    check_settings(cfg)
     row = dense.PUBLISHED[recipe.model]
     assert set(cfg) == set(compose_defaults(compose))  # no misspelt section
     found = Recipe(

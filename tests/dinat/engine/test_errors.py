@@ -38,6 +38,7 @@ def refused(tiny, tmp_path, monkeypatch):
         ("data.root=null", r"data\.root is not set"),
         ("data.train_split=learn", r"data\.train_split=learn: .* holds train, validation\. Use data\.train_split=\."),
         ("data.name=floder", r"data\.name=floder: no such dataset reader\. Known: digits, folder"),
+        ("data=coco", r"data\.name=coco: no such dataset reader\..* Those of dense prediction need task=detection"),
         ("data.name=hfds//nowhere/at/all", r"data\.name=hfds//nowhere/at/all.*cannot be opened"),
         ("data.num_classes=12", r"class counts differ: the data set 10, data\.num_classes 12"),
         ("model.num_classes=7", r"class counts differ: the data set 10, model\.num_classes 7"),
@@ -54,6 +55,8 @@ def refused(tiny, tmp_path, monkeypatch):
         ("+scheduler.nonsense=1", r"scheduler=.*nonsense"),
         ("+augment.transform.nonsense=1", r"augment\.transform=.*nonsense"),
         ("resume=/nowhere", r"resume=/nowhere: no checkpoint there"),
+        ("model.name=upernet", r"model\.name=upernet: is for dense prediction\. Set task=detection, "),
+        ("augment=dense", r"augment\.transform=\[.*\]: a list of steps is for dense prediction, a mapping"),
     ],
     ids=lambda value: value if "=" in value and "\\" not in value else "",
 )
@@ -249,6 +252,8 @@ def test_evaluation_on_other_classes(evaluation):
         (["checkpoint=runs/epoch=3.ckpt"], "Write 'checkpoint=\"runs/epoch=3.ckpt\"'"),
         (["+model.kwargs.x={a"], "+model.kwargs.x={a: the value has characters that need quotes. Write"),
         (["batch_size"], "missing EQUAL"),  # Hydra's own words, where quotes are not what lacks
+        (["test.flip=true"], "test.flip: not a setting of this command; the other of train.py and eval.py has it."),
+        (["dir=/dev/null/run"], "/dev/null/run: Not a directory."),
     ],
 )
 def test_misspelt_command_line(arguments, message, monkeypatch, capsys):

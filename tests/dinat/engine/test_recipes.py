@@ -9,6 +9,7 @@ import torch
 
 from dinat import dense
 from dinat.engine.optim import create_optimizer, create_schedule
+from dinat.engine.settings import check_settings
 from dinat.tasks.models import to_dict
 
 EXPERIMENTS = Path(__file__).parents[3] / "configs" / "experiment"
@@ -50,6 +51,7 @@ def test_all_25_variants_have_one():
 def test_model_and_optimizer(compose, name):
     """The model is built without memory; matrices and bias tables are decayed, as they were, and nothing else is."""
     cfg = compose(f"experiment={name}", "data.root=/data")
+    check_settings(cfg)
     with torch.device("meta"):
         model = timm.create_model(
             cfg.model.name, num_classes=cfg.data.num_classes, drop_path_rate=cfg.model.drop_path_rate,

@@ -68,6 +68,14 @@ def test_a_table_keeps_one_row_of_each_evaluation_best_first(tmp_path):
         report.add_row(path, {"data": "a", "model": "x", "top1": 1.0}, "top1")
 
 
+@pytest.mark.parametrize("content", [b"a line of my notes\n", b"\xff\xfe\x00"])
+def test_a_file_that_is_no_table_stays(tmp_path, content):
+    (tmp_path / "notes.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"table=.*notes\.txt: .*Give another file"):
+        report.add_row(tmp_path / "notes.txt", {"data": "a", "model": "x", "top1": 1.0}, "top1")
+    assert (tmp_path / "notes.txt").read_bytes() == content
+
+
 def test_confusion_is_drawn_by_true_class(tmp_path, monkeypatch):
     """Rows are true classes, each divided by its images; an empty one stays at zero."""
     drawn, imshow = [], matplotlib.axes.Axes.imshow
