@@ -39,6 +39,7 @@ from torchvision import tv_tensors
 from dinat import rle
 from dinat.data.folders import existing_root, first_existing, read_image, split_names
 from dinat.data.images import is_data, pick_images
+from dinat.data.masks import IGNORED, refuse_too_many
 from dinat.errors import UserError
 
 log = logging.getLogger("dinat")
@@ -419,6 +420,21 @@ class CocoPanoptic(CocoFile):
             "panoptic": tv_tensors.Mask(torch.from_numpy(ids)),
             "segment_ids": torch.from_numpy(numbers),
         }
+
+
+class CocoSemantic(CocoPanoptic):
+    """A class for each pixel, that of its segment; void counts nowhere. Arguments as of `CocoPanoptic`."""
+
+    def __init__(self, root: str | Path, split: str, **options: Any) -> None:
+        super().__init__(root, split, **options)
+        refuse_too_many(self.classes)
+
+    def _target(self, image: Record, annotations: list[Record]) -> Target:
+        segments = super()._target(image, annotations)
+        semantic = torch.full((image["height"], image["width"]), IGNORED, dtype=torch.uint8)
+        for mask, label in zip(segments["masks"], segments["labels"].tolist(), strict=True):
+            semantic[mask] = label
+        return {"semantic": tv_tensors.Mask(semantic)}
 
 
 def read_json(path: Path) -> dict[str, list[Record]]:

@@ -58,8 +58,7 @@ class SemanticFolder(Dataset):
         folders = [self.root.joinpath(*(name if part == "images" else part for part in parts)) for name in MASK_FOLDERS]
         self.masks = first_existing([self.root / masks] if masks else folders, f"{split}: folder of masks")
         self.classes = read_names(self.root, classes)
-        if len(self.classes) > IGNORED:
-            raise UserError(f"{len(self.classes)} classes: at most {IGNORED} fit into a map of bytes.")
+        refuse_too_many(self.classes)
         self.values = _label_of_values(len(self.classes), ignore_label, reduce_zero_label)
         endings = ([image_ending] if image_ending else image_endings(), [mask_ending] if mask_ending else MASK_FILES)
         self.pairs = pair_files(*map(named_files, (self.images, self.masks), endings))
@@ -126,6 +125,12 @@ def read_names(root: Path, classes: Sequence[str] | str | None) -> list[str]:
     if shared := sorted({name for name in classes if list(classes).count(name) > 1}):
         raise UserError(f"{source}: several classes are named {shared[0]}.")
     return list(classes)
+
+
+def refuse_too_many(classes: Sequence[str]) -> None:
+    """Raises UserError for more classes than a map of bytes can have."""
+    if len(classes) > IGNORED:
+        raise UserError(f"{len(classes)} classes: at most {IGNORED} fit into a map of bytes.")
 
 
 def _label_of_values(count: int, ignore_label: int | None, reduce_zero_label: bool) -> dict[int, int]:

@@ -47,6 +47,7 @@ __all__ = [
     "read_config",
     "save",
     "task_of",
+    "things_of",
 ]
 
 
@@ -169,6 +170,14 @@ def _merge(published: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def task_of(name: str) -> str | None:
     """The task that a published model was trained for; None for other names."""
     return PUBLISHED[name].task if name in PUBLISHED else None
+
+
+def things_of(name: str) -> list[bool] | None:
+    """Which classes have instances, of a model for which `is_dense` holds and whose task is "panoptic"; else None."""
+    described = describe(name) if is_dense(name) else {}
+    if described.get("task") != "panoptic":
+        return None
+    return PUBLISHED[name].arguments["things"] if name in PUBLISHED else described["model"]["kwargs"].get("things")
 
 
 def _from_folder(path: str, pretrained: bool):

@@ -110,6 +110,9 @@ class DenseTask(Task):
                 "Evaluate on the data that the model was trained for."
             )
         model = self.create(self.model["pretrained"] if origin.weights is None else False)
+        if self.name not in model.tasks:
+            raise UserError(f"test.task={self.name}: {self.model['name']} is for {', '.join(model.tasks)}.")
+        model.task = self.name
         if origin.weights:
             load_dense_weights(model, origin.weights, use_ema=use_ema, key="checkpoint")
         return self.prepare_for(model)
@@ -217,7 +220,7 @@ class DenseTask(Task):
 
     def published(self, model: nn.Module) -> float | None:
         row = dense.PUBLISHED.get(self.model["name"])
-        if row is None or self.data["name"] != row.data.removesuffix("_instance"):
+        if row is None or self.data["name"].partition("_")[0] != row.data.partition("_")[0]:
             return None
         return row.figures.get(f"{self.headline}_multi_scale" if self.test["multi_scale"] else self.headline)
 

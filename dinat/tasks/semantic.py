@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from dinat.data.ade20k import Ade20kSemantic
 from dinat.data.cityscapes import CityscapesSemantic
+from dinat.data.coco import CocoSemantic
 from dinat.data.mapillary import MapillarySemantic
 from dinat.data.masks import SemanticFolder
 from dinat.data.scenes import SemanticScenes
@@ -24,6 +25,7 @@ class Semantic(DenseTask):
     readers: ClassVar = {
         "digit_scenes": SemanticScenes,
         "masks": SemanticFolder,
+        "coco_panoptic": CocoSemantic,
         "ade20k": Ade20kSemantic,
         "cityscapes": CityscapesSemantic,
         "mapillary": MapillarySemantic,

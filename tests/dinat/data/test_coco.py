@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinat.data.coco import CocoObjects, CocoPanoptic
+from dinat.data.coco import CocoObjects, CocoPanoptic, CocoSemantic
 from dinat.errors import UserError
 
 HEIGHT, WIDTH = 10, 14
@@ -275,6 +275,21 @@ def test_objects_without_area_are_left_out_and_said(tmp_path, caplog):
     assert source[0][1]["labels"].tolist() == [0]
     assert "1 objects without area are left out, the first: " in caplog.text
     assert re.search(FIRST + r"box \[2.65, 3.33, 1.03, 0.0\] has no area", caplog.text)
+
+
+def test_the_map_of_segments(tmp_path):
+    """The first five rows are an ant but for void in the corner, the others a cat; a crowd has its class too."""
+    source = CocoSemantic(write_panoptic(tmp_path, panoptic()), "train")
+    assert source.classes == ["ant", "cat", "bee"]
+    expected = np.full((HEIGHT, WIDTH), 1)
+    expected[:5], expected[0, 0] = 0, 255
+    assert source[0][1].keys() == {"semantic", "image_id"}
+    assert source[0][1]["semantic"].tolist() == expected.tolist()
+    assert source[1][1]["semantic"].unique().tolist() == [2]
+    content = panoptic()
+    content["categories"] += [{"id": 100 + i, "name": f"class {i}", "isthing": 0} for i in range(253)]
+    with pytest.raises(UserError, match="256 classes: at most 255 fit into a map of bytes"):
+        CocoSemantic(write_panoptic(tmp_path, content), "train")
 
 
 def test_the_file_of_exactly_that_name_is_the_one(tmp_path):

@@ -17,6 +17,7 @@ from dinat.dense import mask2former
 from dinat.dense.mask2former import OneFormer
 from dinat.engine import evaluate, train
 from dinat.errors import UserError
+from dinat.metrics.detection import DetectionMetric
 
 HEIGHT, WIDTH = 24, 40
 BACKBONE = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "kernel_size": 3, "dilations": [[1]] * 4}
@@ -158,7 +159,43 @@ def test_a_model_of_several_tasks_is_told_which(published):
     assert 0 <= result["miou"] <= 100
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "things"),
+    [
+        ("oneformer_dinat_large.cityscapes", "cityscapes", "cityscapes_instance"),
+        ("mask2former_dinat_large.ade20k_panoptic", "ade20k", "ade20k_instance"),
+        ("mask2former_dinat_large.coco_panoptic", "coco", "coco"),
+    ],
+)
+def test_things_of_models_of_all_segments(published, monkeypatch, name, data, things):
+    """`test.task=detection`: what they find keeps its name, though the data numbers things alone."""
+    found, scored = [], []
+    predict, update = dense.model.DenseModel.predict, DetectionMetric.update
+    monkeypatch.setattr(
+        dense.model.DenseModel, "predict", lambda *args: (found.extend(predict(*args)), found[-len(args[1]) :])[1]
+    )
+    monkeypatch.setattr(DetectionMetric, "update", lambda self, *args: (scored.extend(args[0]), update(self, *args))[1])
+    result, model = published(name, data, "test.task=detection")
+    assert (result["task"], result["count"], model.task) == ("detection", 2, "panoptic")
+    assert 0 <= result["mask_ap"] <= 100
+    theirs, ours = CLASSES[dense.PUBLISHED[name].data].names, CLASSES[things].names
+    named = [[theirs[label] for label in one["labels"]] for one in found]
+    assert sum(map(len, named)) > 0
+    assert [[ours[label] for label in one["labels"]] for one in scored] == named
+
+
+def test_the_map_of_segments(published):
+    """`task=semantic` on panoptic data; the truth is of two classes, so mIoU is of these and of what is found."""
+    result, _ = published("mask2former_dinat_large.coco_panoptic", "coco_panoptic", "test.task=semantic")
+    assert (result["task"], result["count"]) == ("semantic", 2)
+    assert 0 <= result["miou"] <= 100
+
+
 def test_classes_of_other_data_are_refused(published):
+    with pytest.raises(
+        UserError, match=r"class counts differ: mask2former_.* has 8 classes of things, the data 100\. Evaluate on the"
+    ):
+        published("mask2former_dinat_large.cityscapes_panoptic", "ade20k", "test.task=detection")
     with pytest.raises(
         UserError, match=r"class counts differ: upernet_dinat_mini\.ade20k has 150, the data 19\. Evaluate on the data"
     ):

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dinat.commands
+import dinat.data.scenes
 import dinat.dense
 from dinat.dense.model import DenseModel
 from dinat.distributed import ALONE
@@ -61,6 +62,27 @@ def test_evaluation_repeats_the_figure_of_training(run, evaluation, tmp_path):
     assert float(row[HEADLINES[task]]) == round(score, 4)
     assert len((tmp_path / "per_class.csv").read_text().splitlines()) == (11 if task == "detection" else 12)
     json.dumps(result, allow_nan=False)
+
+
+def test_a_run_is_evaluated_for_other_tasks(run, evaluation, tmp_path, monkeypatch):
+    """`test.task`: the segments' map, and digits without the background; models of one task say so."""
+    task, folder, _ = run
+    other = {"detection": "semantic", "semantic": "detection", "panoptic": "semantic"}[task]
+    cfg = evaluation(f"checkpoint={folder}", f"output={tmp_path}", f"test.task={other}")
+    if task != "panoptic":
+        with pytest.raises(UserError, match=rf"test\.task={other}: local-dir:.* is for {task}\."):
+            evaluate(cfg)
+    else:
+        monkeypatch.setattr(dinat.data.scenes, "VALIDATION_SCENES", 3)
+        result = evaluate(cfg)
+        assert (result["task"], result["count"]) == ("semantic", 3)
+        assert 0 <= result["miou"] <= 100
+        result = evaluate(
+            evaluation(f"checkpoint={folder}", f"output={tmp_path}", "test.task=detection", "per_class=true")
+        )
+        assert (result["task"], result["count"]) == ("detection", 3)
+        rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
+        assert [row["class"] for row in rows] == [str(digit) for digit in range(10)]
 
 
 def test_exported_folder_is_a_model(run):
