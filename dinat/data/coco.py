@@ -9,8 +9,8 @@ wrong and what is mended is decided here alone:
   area that is no number; an iscrowd that is neither 0 nor 1; a polygon of fewer than three points; a mask of another
   size, or none where others have one) and an image without its file are refused, or under `on_bad="skip"` left out
   and said.
-* A box that reaches over the image's edge is clamped, and said. So is it where a box without area, of which COCO's own
-  train2017 has two, is left out.
+* A box that reaches over the image's edge is clamped; an object whose box has no area, as two of COCO's own train2017,
+  is left out. Either is said.
 * What only the pixels tell (a file of another size than stated, a mask that cannot be decoded, segments that do not
   agree with their PNG) is a ValueError when the image is read.
 """
