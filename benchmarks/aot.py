@@ -1,7 +1,7 @@
 """Compile every shipped kernel configuration without a GPU, check it, and tabulate what the compiler made of it.
 
     python benchmarks/aot.py                      # everything, rewrites benchmarks/results/aot.csv
-    python benchmarks/aot.py --arch sm_90 --only dinat_tiny.0 --output -
+    python benchmarks/aot.py --arch sm_90 --only dinat_tiny --batch 127 --output -
     python benchmarks/aot.py --once --output -    # each kernel once: problems that share theirs left out
     python benchmarks/aot.py --warm --arch sm_90  # no table: Triton's cache gets what models, tests and tuning launch
 
@@ -17,7 +17,7 @@ no tile.
 Instruction counts are per warp; `block_*` inside the loop with the products (over key blocks or images; the whole
 kernel where there is none), `other` outside it, each instruction once.  `in_flight`: groups of asynchronous copies that
 the loop does not wait for; empty where it waits for none.  `programs`: that a multiprocessor holds; `waves`: the
-programs of batch 128 over those that the GPU holds.  `*_us` is what each resource would take, as paper.py says, and
+programs over those that the GPU holds.  `*_us` is what each resource would take, as paper.py says, and
 `time_us` what `binds` takes; `floor_us` (see problems.py) and `paper_ratio`, floor over time, are of the pass, forward
 or backward, that the kernel belongs to.  All that is an estimate which ranks variants; it is no measurement.
 """
@@ -223,14 +223,17 @@ def read_code(kernel: Any) -> paper.Compiled:
                 labels[label[1]] = len(code)
             elif instruction := re.match(r"\t([a-z]\w+_\w+)(?:\s+(\.LBB\w+))?", line):
                 code.append((len(code), instruction[1], "", instruction[2]))
-        code = [paper.Instruction(*rest, labels.get(label)) for *rest, label in code]
+        ends = ("s_branch", "s_endpgm", "s_setpc_b64")
+        code = [paper.Instruction(*rest, labels.get(label), rest[1] not in ends) for *rest, label in code]
         return paper.Compiled(registers, spills, kernel.metadata.shared, code)
     dump = _cuobjdump(kernel, "-res-usage", "-sass")
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", dump)[1]) for name in ("REG", "STACK", "LOCAL"))
     code = []
-    for address, name, rest in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z]\w+[\w.]*)([^;]*);", dump):
+    parts = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z]\w+[\w.]*)([^;]*);"
+    for address, condition, name, rest in re.findall(parts, dump):
         target = re.search(r"0x([0-9a-f]+)\s*$", rest) if name.startswith("BRA") else None
-        code.append(paper.Instruction(int(address, 16), name, rest, int(target[1], 16) if target else None))
+        goes_on = bool(condition) or not re.match(r"BRA|EXIT|RET", name) or re.match(r"\s*!?U?P\w", rest) is not None
+        code.append(paper.Instruction(int(address, 16), name, rest, int(target[1], 16) if target else None, goes_on))
     return paper.Compiled(registers, stack + local, kernel.metadata.shared, code)
 
 
@@ -330,11 +333,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="beginning of the problem's name")
     parser.add_argument("--once", action="store_true", help="leave out problems whose kernels others have")
     parser.add_argument("--warm", action="store_true", help="compile into Triton's cache what a GPU will be asked for")
+    parser.add_argument("--batch", type=int, default=BATCH, help="images of each problem")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--output", default=str(Path(__file__).parent / "results" / "aot.csv"), help="- for the screen")
     args = parser.parse_args()
     work = [
-        (arch, case)
+        (arch, case if args.warm else case._replace(batch=args.batch))
         for arch in args.arch
         for case in (cases_to_warm(arch) if args.warm else cases())
         if case.name.startswith(args.only)

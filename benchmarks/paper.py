@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from problems import Device
 LATENCY = 0.7e-6  # seconds from a request to its bytes, under load
 MATRIX = r"[HQ]G?MMA|UTC\w*MMA|v_mfma"
 EXP2 = r"MUFU\.EX2|v_exp_f32"
+WAIT = r"TRYWAIT"  # for what other units do, again and again
 SPILL = r"LDL|STL|scratch_(load|store)"
 # Kernel -> tensors as large as the query that it reads and writes, each row once; and numbers per query and head.
 _UNIQUE = {"forward": (4, 1), "query": (6, 2), "rpb": (4, 2), "key": (6, 2)}
@@ -30,6 +32,7 @@ class Instruction(NamedTuple):
     name: str
     operands: str
     target: int | None  # of a branch
+    goes_on: bool = True  # with the next instruction: not after a branch without a condition, or an end
 
 
 class Compiled(NamedTuple):
@@ -64,11 +67,12 @@ class Counts(NamedTuple):
 
 def count(code: list[Instruction], trips: int, images: float, entries: int) -> Counts:
     """Counts of a kernel: `trips` blocks for each of `images` images, `entries` steps through the table."""
-    loops = sorted(((x.target, x.address) for x in code if x.target is not None and x.target < x.address), key=_length)
+    loops = find_loops(code)
     products = [x.address for x in code if re.match(MATRIX, x.name)]
     with_products = [loop for loop in loops if any(_holds(loop, at) for at in products)]
     innermost = with_products[0] if with_products else (-1, math.inf)
-    repeats = dict.fromkeys(loops, entries)
+    waiting = {loop for loop in loops if any(re.search(WAIT, x.name) and _holds(loop, x.address) for x in code)}
+    repeats = {loop: 1 if loop in waiting else entries for loop in loops}
     repeats |= dict.fromkeys(with_products, images)
     if with_products:
         repeats[innermost] = trips if len(with_products) > 1 else trips * images
@@ -87,6 +91,28 @@ def count(code: list[Instruction], trips: int, images: float, entries: int) -> C
         in_flight=min(in_flight, default=None),
         loop_spills=sum(bool(re.match(SPILL, x.name)) for x in code if any(_holds(loop, x.address) for loop in loops)),
     )
+
+
+def find_loops(code: list[Instruction]) -> list[tuple[int, int]]:
+    """First and last address of each loop, the shortest first.
+
+    A branch back is a loop only if there is no other way to it than through its target: compilers put what is seldom
+    done, such as waiting, behind the end of a kernel, and that branches back to where it was called for.
+    """
+    following = {a.address: b.address for a, b in pairwise(code) if a.goes_on}
+    targets = {x.address: x.target for x in code if x.target is not None}
+
+    def reached_without(address: int) -> set[int]:
+        found, open_ = {address}, [code[0].address]
+        while open_:
+            at = open_.pop()
+            if at not in found:
+                found.add(at)
+                open_ += [step[at] for step in (following, targets) if at in step]
+        return found
+
+    back = [(target, address) for address, target in targets.items() if target < address]
+    return sorted((loop for loop in back if loop[1] not in reached_without(loop[0])), key=_length)
 
 
 def _length(loop: tuple[int, int]) -> int:

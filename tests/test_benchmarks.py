@@ -262,6 +262,26 @@ def test_instructions_are_counted_by_the_trips_of_their_loops():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_wait_behind_the_end_is_no_loop_around_the_products():
+    """As on Blackwell: the loop, 1 to 4, leaves for the wait, 6 to 7, which comes back to where it was left."""
+    paper = importlib.import_module("paper")
+    code = [
+        paper.Instruction(0, "MOV", "", None),
+        paper.Instruction(1, "UTCHMMA", "", None),
+        paper.Instruction(2, "BRA", "", 6),
+        paper.Instruction(3, "IADD", "", None),
+        paper.Instruction(4, "BRA", "", 1),
+        paper.Instruction(5, "EXIT", "", None, goes_on=False),
+        paper.Instruction(6, "SYNCS.PHASECHK.TRANS64.TRYWAIT", "", None),
+        paper.Instruction(7, "BRA", "", 6),
+        paper.Instruction(8, "BRA", "", 3, goes_on=False),
+    ]
+    counts = paper.count(code, trips=1, images=3, entries=7)
+    assert counts.body == ["UTCHMMA", "BRA", "IADD", "BRA"]
+    assert counts.all == 1 + 3 * 4 + 5 - 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_programs_of_a_multiprocessor():
     """By hand, as CUDA's occupancy calculator has them: 168 registers, 2 warps, 38.9 KB; then 255 and 4."""
     paper = importlib.import_module("paper")
