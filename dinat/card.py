@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from dinat.files import read_json
 
 SHOWN = 20  # classes that a card names
 
@@ -47,7 +48,7 @@ def model_card(
         labels: what people call the figures.
         training: settings worth a line.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     if "task" in config:
         library, code, name = "dinat", IN_DINAT, "_".join(filter(None, map(config["model"].get, ("name", "backbone"))))
     elif "model_type" in config:

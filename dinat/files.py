@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dinat.errors import UserError
+
+FULL = 1 << 16  # bytes that are free on a disk without room for a file
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary)` and puts the finished file in `path`'s place; readers see the old or the new one."""
+    """Calls `write(temporary)` and puts the finished file in `path`'s place; readers see the old or the new one.
+
+    Raises:
+        OSError: the disk is full, among others; whatever else `write` raises.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        with telling_full_disk(path):
+            write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -26,6 +39,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(folder)  # the new name itself must survive a power cut
     finally:
         os.close(folder)
+
+
+@contextmanager
+def telling_full_disk(path: Path) -> Iterator[None]:
+    """Within, what a library says when the disk has no room for `path` becomes the OSError that it is."""
+    try:
+        yield
+    except Exception as error:  # PyTorch's is a RuntimeError about an unexpected position, safetensors quotes it
+        full = os.strerror(errno.ENOSPC)
+        if full in str(error) or shutil.disk_usage(path.parent).free < FULL:
+            raise OSError(errno.ENOSPC, full, str(path)) from error
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says. Raises UserError where it is damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON, perhaps cut off: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ from dinat.commands.predict_dense import predict_dense
 from dinat.data import ImageError, open_image, resolve_preprocessing
 from dinat.data.images import pick_images, walk_data
 from dinat.errors import CheckpointError, UserError
+from dinat.files import read_json
 
 
 class Format(str, Enum):
@@ -136,7 +137,7 @@ def has_several_labels(model: str) -> bool:
 
     if not model.startswith("local-dir:"):
         return False
-    return bool(json.loads(Path(model.partition(":")[2], "config.json").read_text()).get(SEVERAL))
+    return bool(read_json(Path(model.partition(":")[2], "config.json")).get(SEVERAL))
 
 
 def class_names(network: nn.Module) -> list[str]:

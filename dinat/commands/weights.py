@@ -25,7 +25,7 @@ from dinat.commands.convert_dense import convert_dense
 from dinat.data.images import ImageError, open_image
 from dinat.dense.folder import write_files
 from dinat.errors import CheckpointError, UserError
-from dinat.files import write_text
+from dinat.files import read_json, write_text
 from dinat.published import LOGITS, LOGITS_IMAGE
 
 CacheDir = Annotated[Path | None, typer.Option(help="Instead of the caches of huggingface_hub and torch.hub.")]
@@ -160,7 +160,7 @@ def card_of(folder: Path) -> ModelCard:
     """The card of a model folder that came without one."""
     from dinat.tasks import find_task  # takes a second to import
 
-    task = json.loads((folder / "config.json").read_text()).get("task", "classification")
+    task = read_json(folder / "config.json").get("task", "classification")
     return model_card(folder, find_task(task).hub_task)
 
 

@@ -17,7 +17,6 @@ wrong and what is mended is decided here alone:
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -41,6 +40,7 @@ from dinat.data.folders import existing_root, first_existing, read_image, split_
 from dinat.data.images import is_data, pick_images
 from dinat.data.masks import IGNORED, refuse_too_many
 from dinat.errors import UserError
+from dinat.files import read_json
 
 log = logging.getLogger("dinat")
 
@@ -114,7 +114,7 @@ class CocoFile(Dataset):
         self.root, self.split = existing_root(root), split
         self.file = self._annotation_file(annotations)
         self.folder = self._image_folder(images)
-        content = read_json(self.file)
+        content = read_coco(self.file)
         self.categories = _categories(self.file, content["categories"], classes)
         self.classes = [category["name"] for category in self.categories]
         self.category_ids = [category["id"] for category in self.categories]
@@ -437,18 +437,13 @@ class CocoSemantic(CocoPanoptic):
         return {"semantic": tv_tensors.Mask(semantic)}
 
 
-def read_json(path: Path) -> dict[str, list[Record]]:
+def read_coco(path: Path) -> dict[str, list[Record]]:
     """A COCO file with its lists of images, annotations and categories.
 
     Raises:
-        UserError: where it is missing or damaged, or ids are shared.
+        UserError: where it is damaged, or ids are shared.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    except ValueError as error:  # no JSON, or no text at all
-        raise UserError(f"{path}: not JSON, perhaps cut off: {error}") from error
+    content = read_json(path)
     for key in ("images", "annotations", "categories"):
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +19,9 @@ BACKGROUND = "white"  # what is behind transparent pixels
 MAX_ASPECT = 100  # longer side : shorter side; resizing the shorter side enlarges the other as much
 # What integers and floats may range up to: 8 bits, 16 bits, and 0 to 1.
 FULL_SCALES = {"I": (255, 65535), "F": (1, 255, 65535)}
+DARK = 13  # bits: an image of 16 that uses no more has at most 31 of 255
+
+log = logging.getLogger("dinat")
 
 
 class ImageError(ValueError):
@@ -55,7 +60,9 @@ def open_image(
         if exif_transpose:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            values = np.asarray(image)
+            _mention_dark(int(values.max()).bit_length())
+            image = Image.fromarray((values >> 8).astype(np.uint8))
         elif image.mode in FULL_SCALES:
             image = _to_8_bits(image)
         elif image.has_transparency_data:
@@ -78,10 +85,19 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if not np.isfinite([low, high]).all():
         raise ImageError("it holds values that are not finite")
     full = next((full for full in FULL_SCALES[image.mode] if low >= 0 and high <= full), None)
+    if full == 65535:
+        _mention_dark(int(high).bit_length())
     if full is None:
         values, full = values - low, high - low
     levels = values // 256 if full == 65535 else (values * (255 / (full or 1))).round()
     return Image.fromarray(levels.astype(np.uint8))
+
+
+@cache
+def _mention_dark(bits: int) -> None:
+    """Once per process: cameras of 10 or 12 bits write files of 16, of which the upper byte is all but black."""
+    if 0 < bits <= DARK:
+        log.warning("an image of 16 bits uses %d, so it is nearly black here, as in OpenCV. Scale such images.", bits)
 
 
 def image_endings() -> set[str]:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from dinat.data.coco import CocoPanoptic
 from dinat.data.folders import existing_root, first_existing, refuse_other_classes, split_names
 from dinat.data.masks import IGNORED, SemanticFolder
 from dinat.errors import UserError
+from dinat.files import read_json
 
 
 class MapillarySemantic(SemanticFolder):
@@ -28,8 +28,8 @@ class MapillarySemantic(SemanticFolder):
         root = existing_root(root)
         file = first_existing([root / "config_v1.2.json", root / "config.json"], "names of the classes")
         try:
-            labels = [(label["readable"], label["evaluate"]) for label in json.loads(file.read_bytes())["labels"]]
-        except (ValueError, KeyError, TypeError) as error:
+            labels = [(label["readable"], label["evaluate"]) for label in read_json(file)["labels"]]
+        except (KeyError, TypeError) as error:
             raise UserError(f"{file}: no list 'labels' with readable and evaluate of each: {error!r}") from error
         names = [name for name, evaluated in labels if evaluated]
         refuse_other_classes(str(file), names, classes)

@@ -12,7 +12,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from dinat.errors import UserError
-from dinat.files import write_atomically, write_text
+from dinat.files import read_json, write_atomically, write_text
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -39,19 +39,19 @@ def write_files(state: Mapping[str, Tensor], config: str, folder: Path) -> None:
 def is_dense(folder: str | Path) -> bool:
     """Whether it is the folder of a dense model."""
     config = Path(folder) / CONFIG
-    return config.is_file() and "task" in json.loads(config.read_text())
+    return config.is_file() and "task" in read_json(config)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """What config.json of a model folder says.
 
     Raises:
-        UserError: for a folder without one, or one of another kind of model.
+        UserError: for a folder without one, a damaged one, or one of another kind of model.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise UserError(f"{folder}: holds no {CONFIG}; give the folder of a dense model.")
-    described = json.loads(path.read_text())
+    described = read_json(path)
     if "model" not in described or "task" not in described:
         raise UserError(f"{path}: is not of a dense model. timm.create_model('local-dir:{folder}') may read it.")
     return described

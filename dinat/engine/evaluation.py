@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from dinat.engine import checkpoint, report
 from dinat.engine.scoring import measure
 from dinat.engine.settings import check_settings
 from dinat.errors import UserError
-from dinat.files import write_csv
+from dinat.files import read_json, write_csv
 from dinat.tasks import Origin, find_task
 from dinat.tasks.models import find_weights, to_channels_last, to_dict
 
@@ -88,7 +87,9 @@ def origin_of(weights: Path | None) -> Origin:
         return Origin()
     folder = weights.parent
     if weights.name == "model.safetensors" and (folder / "config.json").is_file():
-        described = json.loads((folder / "config.json").read_text())
+        described = read_json(folder / "config.json")
+        if "num_classes" not in described:  # not of ours or timm's, but of transformers
+            return Origin(weights)
         run = to_dict(OmegaConf.load(folder / "config.yaml")) if (folder / "config.yaml").is_file() else {}
         classes, task = list(described.get("label_names") or []), described.get("task", "classification")
         return Origin(weights, {"name": f"local-dir:{folder}"}, described["num_classes"], classes, run, task)

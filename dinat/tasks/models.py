@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dinat import checkpoints, dense
 from dinat.errors import CheckpointError, UserError, nearest
-from dinat.files import write_atomically
+from dinat.files import telling_full_disk, write_atomically
 
 log = logging.getLogger("dinat")
 
@@ -259,7 +259,7 @@ def export(
     channels, *sides = preprocessing["input_size"]
     described = {**preprocessing, "input_size": (channels, *sides[-2:])}  # timm has no depth
     model.pretrained_cfg = {**model.pretrained_cfg, **described, "num_classes": model.num_classes}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as temporary, telling_full_disk(folder / "model"):
         save_for_hf(
             model,
             temporary,

@@ -239,6 +239,8 @@ def test_predict_refuses(dinat, photo, tmp_path, pico):
     refused(dinat("predict", tmp_path / "empty"), "the folder holds no images")
     refused(dinat("predict", photo, "--model", "dinat_pica"), "no such model. Did you mean dinat_pico")
     refused(dinat("predict", photo, "--model", "local-dir:/nowhere"), "--model local-dir:/nowhere: ")
+    (tmp_path / "empty" / "config.json").write_text("{")
+    refused(dinat("predict", photo, "--model", f"local-dir:{tmp_path}/empty"), "config.json: not JSON, perhaps cut")
     refused(dinat("predict", photo, "--model", "dinat_pico", "--checkpoint", "/nowhere"), "/nowhere: no such file")
     refused(dinat("predict", photo, "--model", "dinat_pico", "--checkpoint", tmp_path), "a folder, not a file")
     refused(dinat("predict", photo, "--model", "dinat_nano", "--checkpoint", pico[0]), "is of another architecture")

@@ -74,6 +74,19 @@ def test_what_training_returns_is_for_a_sweeper(monkeypatch):
     assert cli.train_job(OmegaConf.create({})) == 12.5
 
 
+@pytest.mark.parametrize(
+    ("raised", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (OSError(28, "No space left on device", "/runs/x.pt"), 2, "error: /runs/x.pt: No space left on device.\n"),
+        (ConnectionError("the hub is down"), 2, "error: the hub is down\n"),
+    ],
+)
+def test_what_is_not_our_mistake_is_one_line(called, trains, tmp_path, raised, status, message):
+    trains[1]["raises"] = raised
+    assert called(cli.train, f"dir={tmp_path}/x") == (status, "", message)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_an_interruption_says_how_to_continue(called, trains, tmp_path, signum):
     trains[1]["raises"] = engine.Interrupted(signum, tmp_path / "a run", 7)

@@ -235,6 +235,13 @@ def test_evaluation_of_nothing(evaluation):
         evaluate(evaluation("data=digits", "checkpoint=/nowhere"))
 
 
+def test_evaluation_of_a_folder_of_another_library(evaluation, trained, tmp_path):
+    shutil.copy(trained[0] / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "dinat"}')
+    with pytest.raises(UserError, match=r"model\.name is not set, and the checkpoint does not tell"):
+        evaluate(evaluation("data=digits", f"checkpoint={tmp_path}"))
+
+
 def test_evaluation_on_other_classes(evaluation):
     with pytest.raises(UserError, match=r"class counts differ: the model has 1000, the data 10"):
         evaluate(evaluation("data=digits", "model.name=dinat_pico"))

@@ -20,6 +20,7 @@ from dinat.data import (
     open_split,
     resolve_preprocessing,
 )
+from dinat.data import images as reading
 from dinat.data.class_folders import natural_key
 from dinat.distributed import World
 from dinat.engine import evaluate, train
@@ -185,6 +186,17 @@ def test_deeper_images_are_scaled_to_8_bits(tmp_path, scaled):
     assert Image.open(path).mode == scaled.split()[0]
     assert np.array_equal(open_image(path, channels=1), values)
     assert np.asarray(open_image(path)).mean() == 127.5
+
+
+@pytest.mark.parametrize(("highest", "said"), [(4095, True), (65535, False), (0, False)])
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_images_of_few_bits_are_dark_and_said_so_once(tmp_path, caplog, kind, highest, said):
+    reading._mention_dark.cache_clear()
+    Image.fromarray(np.array([[0, highest]], kind)).save(tmp_path / "x.tif")
+    for _ in range(2):
+        assert np.asarray(open_image(tmp_path / "x.tif", channels=1)).tolist() == [[0, highest // 256]]
+    message = "an image of 16 bits uses 12, so it is nearly black here, as in OpenCV. Scale such images."
+    assert caplog.messages == [message] * said
 
 
 def test_torchvisions_folders_are_opened_alike(compose, tmp_path):

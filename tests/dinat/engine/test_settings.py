@@ -59,6 +59,7 @@ def test_every_switch_and_number_is_checked(config):
         ("optimizer.lr", "fast", "optimizer.lr=fast: must be a number from 0 on."),
         ("optimizer.lr", None, "optimizer.lr=None: must be a number"),
         ("optimizer.lr", float("nan"), "optimizer.lr=nan: must be a number"),
+        ("optimizer.lr", float("inf"), "optimizer.lr=inf: must be a number"),
         ("optimizer.clip_mode", "nrm", "optimizer.clip_mode=nrm: no such choice. Known: norm, value, agc. Did you"),
         ("data.interpolation", "cubic", "data.interpolation=cubic: no such choice. Known: nearest, bilinear, bicubic"),
         ("data.img_size", 0, "data.img_size=0: must be pixels, or a list of the sides."),
