@@ -267,9 +267,9 @@ def test_a_wait_behind_the_end_is_no_loop_around_the_products():
     paper = importlib.import_module("paper")
     code = [
         paper.Instruction(0, "MOV", "", None),
-        paper.Instruction(1, "UTCHMMA", "", None),
+        paper.Instruction(1, "IADD", "", None),
         paper.Instruction(2, "BRA", "", 6),
-        paper.Instruction(3, "IADD", "", None),
+        paper.Instruction(3, "UTCHMMA", "", None),
         paper.Instruction(4, "BRA", "", 1),
         paper.Instruction(5, "EXIT", "", None, goes_on=False),
         paper.Instruction(6, "SYNCS.PHASECHK.TRANS64.TRYWAIT", "", None),
@@ -277,7 +277,7 @@ def test_a_wait_behind_the_end_is_no_loop_around_the_products():
         paper.Instruction(8, "BRA", "", 3, goes_on=False),
     ]
     counts = paper.count(code, trips=1, images=3, entries=7)
-    assert counts.body == ["UTCHMMA", "BRA", "IADD", "BRA"]
+    assert counts.body == ["IADD", "BRA", "UTCHMMA", "BRA"]
     assert counts.all == 1 + 3 * 4 + 5 - 1
 
 
