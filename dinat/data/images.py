@@ -111,10 +111,25 @@ def is_data(name: str) -> bool:
 
 
 def walk_data(root: str | Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """A folder and all below it: the folder, and the names of the folders and files in it that are data."""
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(filter(is_data, folders))
-        yield Path(folder), folders, sorted(filter(is_data, files))
+    """A folder and all below it: the folder, and the names of the folders and files in it that are data.
+
+    Links are followed, but for those to a folder that they are in, which have no end.
+
+    Raises:
+        OSError: for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:  # os.walk passes over it otherwise
+        raise error
+
+    for place, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        folder = Path(place)
+        folders[:] = sorted(name for name in filter(is_data, folders) if not _turns_back(folder / name))
+        yield folder, folders, sorted(filter(is_data, files))
+
+
+def _turns_back(folder: Path) -> bool:
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def pick_images(paths: Iterable[str], endings: Collection[str] | None = None) -> tuple[list[str], str]:

@@ -224,6 +224,12 @@ def summed(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"loss_{name}": sum(part).sum() for name, part in parts.items() if part}
 
 
+class AnyBackbone(Mask2FormerConfig):
+    """transformers warns of any backbone but Swin."""
+
+    backbones_supported = (TimmConfig.model_type,)
+
+
 class Mask2Former(Universal):
     """Mask2Former; arguments as of `Universal`."""
 
@@ -253,7 +259,7 @@ class Mask2Former(Universal):
         combine_first: bool | None = None,
     ) -> None:
         strides = check_sizes(backbone, backbone_kwargs, width, heads)
-        config = Mask2FormerConfig(
+        config = AnyBackbone(
             backbone_config=TimmConfig(backbone, backbone_kwargs),
             num_labels=num_classes,
             num_queries=queries,

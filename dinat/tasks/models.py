@@ -34,7 +34,8 @@ WEIGHT_SOURCE = ("url", "file", "hf_hub_id", "hf_hub_filename", "custom_load", "
 def check_model_name(name: str, key: str = "model.name") -> None:
     """Raises UserError for a name that timm does not know, with the nearest names."""
     if name.startswith(tuple(dense.METHODS)):
-        raise UserError(f"{key}={name}: is for dense prediction. Set task=detection, semantic or panoptic before it.")
+        near = nearest(name, dense.PUBLISHED) if "." in name else ""
+        raise UserError(f"{key}={name}: is for dense prediction: task=detection, semantic or panoptic.{near}")
     if ":" not in name and not timm.is_model(name):
         known = timm.list_models()
         raise UserError(f"{key}={name}: no such model.{nearest(name, known)} timm.list_models('dinat_*') lists ours.")

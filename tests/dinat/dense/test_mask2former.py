@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from torchvision import tv_tensors
 from transformers.modeling_outputs import BackboneOutput
+from transformers.models.mask2former import configuration_mask2former
 
 import dinat.dense
 from dinat.dense import postprocess
@@ -47,6 +48,14 @@ def test_golden_mask2former(original, golden, level_maps):
         torch.testing.assert_close(
             actual, expected[name], atol=1e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_transformers_does_not_doubt_the_backbone(monkeypatch):
+    """It warns once of any but Swin, in the words of a mistake."""
+    warned = []
+    monkeypatch.setattr(configuration_mask2former.logger, "warning_once", warned.append)
+    tiny()
+    assert not warned
 
 
 def test_golden_oneformer(original, golden, level_maps):

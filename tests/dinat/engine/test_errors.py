@@ -55,7 +55,7 @@ def refused(tiny, tmp_path, monkeypatch):
         ("+scheduler.nonsense=1", r"scheduler=.*nonsense"),
         ("+augment.transform.nonsense=1", r"augment\.transform=.*nonsense"),
         ("resume=/nowhere", r"resume=/nowhere: no checkpoint there"),
-        ("model.name=upernet", r"model\.name=upernet: is for dense prediction\. Set task=detection, "),
+        ("model.name=upernet", r"model\.name=upernet: is for dense prediction: task=detection, semantic or"),
         ("augment=dense", r"augment\.transform=\[.*\]: a list of steps is for dense prediction, a mapping"),
     ],
     ids=lambda value: value if "=" in value and "\\" not in value else "",
@@ -231,6 +231,8 @@ def test_evaluation_without_data(evaluation, trained, tmp_path):
 def test_evaluation_of_nothing(evaluation):
     with pytest.raises(UserError, match=r"model\.name is not set, and the checkpoint does not tell"):
         evaluate(evaluation("data=digits"))
+    with pytest.raises(UserError, match=r"upernet_dinat_min\.ade20k: is for .* Did you mean upernet_dinat_mini\.a"):
+        evaluate(evaluation("data=digits", "model.name=upernet_dinat_min.ade20k"))
     with pytest.raises(UserError, match=r"checkpoint=/nowhere: no such file or folder"):
         evaluate(evaluation("data=digits", "checkpoint=/nowhere"))
 

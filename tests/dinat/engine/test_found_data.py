@@ -1,6 +1,7 @@
 """Folders, archives, shards and images as they are found: used rightly, or named."""
 
 import io
+import os
 import shutil
 import tarfile
 
@@ -146,6 +147,28 @@ def test_hidden_names_are_no_data_and_stray_images_are_refused(put, opened, tmp_
         put("train/stray.png")
         with pytest.raises(UserError, match=r"beside the class folders .* have no class \(1 of 2\): stray\.png\. Move"):
             opened()
+
+
+def test_links_are_followed_once(put, opened, tmp_path):
+    put("train/cat/1.png", "elsewhere/2.png", "elsewhere/below/3.png")
+    (tmp_path / "train" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "train" / "cat" / "all").symlink_to("..")  # which has no end
+    (tmp_path / "elsewhere" / "self").symlink_to(".")
+    assert opened() == {"cat/1.png": "cat", "dog/2.png": "dog", "dog/below/3.png": "dog"}
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(put, opened, tmp_path, monkeypatch):
+    put("train/cat/1.png", "train/cat/mine/2.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("mine"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"data\.root=.*cannot be opened: .*Permission denied: '.*train/cat/mine'"):
+        opened()
 
 
 def test_whatever_pillow_opens_is_an_image_and_the_rest_is_told(put, opened, tmp_path, caplog, dinat, monkeypatch):
