@@ -324,7 +324,7 @@ class CocoObjects(CocoFile):
 
 
 class CocoPanoptic(CocoFile):
-    """Panoptic segments; items are `(image, target)` with masks and labels of all segments, and the map of their ids.
+    """Panoptic segments; items are `(image, target)` with the map of their ids, and the labels of these.
 
     Read are `ROOT/annotations/panoptic_SPLIT*.json` with its PNG files in the folder of the same name (there or in
     `ROOT`) and images as for objects. A PNG's colours are ids, red + 256 green + 65536 blue; 0 is void.
@@ -414,7 +414,6 @@ class CocoPanoptic(CocoFile):
         if not self.covered and len(absent := np.setdiff1d(numbers, ids)):
             raise ValueError(f"{self._where(image)}: segment {absent[0]} has no pixel in {path}")
         return {
-            "masks": tv_tensors.Mask(torch.from_numpy(ids == numbers[:, None, None])),
             "labels": torch.tensor([segment["label"] for segment in annotations], dtype=torch.int64),
             "iscrowd": torch.tensor([segment["iscrowd"] for segment in annotations], dtype=torch.bool),
             "panoptic": tv_tensors.Mask(torch.from_numpy(ids)),
@@ -432,8 +431,8 @@ class CocoSemantic(CocoPanoptic):
     def _target(self, image: Record, annotations: list[Record]) -> Target:
         segments = super()._target(image, annotations)
         semantic = torch.full((image["height"], image["width"]), IGNORED, dtype=torch.uint8)
-        for mask, label in zip(segments["masks"], segments["labels"].tolist(), strict=True):
-            semantic[mask] = label
+        for number, label in zip(segments["segment_ids"].tolist(), segments["labels"].tolist(), strict=True):
+            semantic[segments["panoptic"] == number] = label
         return {"semantic": tv_tensors.Mask(semantic)}
 
 

@@ -74,7 +74,7 @@ class Resize:
 
     def __call__(self, image: tv_tensors.Image, target: Target) -> tuple[tv_tensors.Image, Target]:
         size = self.size(*image.shape[-2:])
-        return self.resize(image, size), _map(lambda part: F.resize(part, size), target)
+        return self.resize(image, size), _map(lambda part: _resize_part(part, size), target)
 
     def size(self, height: int, width: int) -> list[int]:
         """The new (height, width); draws what there is to draw."""
@@ -195,8 +195,9 @@ STEPS: dict[str, Callable[..., Transform]] = {
 def dense_train_transform(steps: Sequence[Mapping[str, Any]]) -> Transform:
     """(image, target) -> the same after the steps of a list as above.
 
-    Boxes are clamped to the image, and objects of which nothing is left (no pixel of the mask, or a side of the box
-    below one pixel) are removed from every entry; `area` is what is left, `size` the original (height, width).
+    Boxes are clamped to the image, and objects of which nothing is left (no pixel of the mask or of the map of
+    segments, or a side of the box below one pixel) are removed from every entry; `area` is what is left, `size` the
+    original (height, width).
 
     Raises:
         UserError: for a step that is not known, or arguments that it does not take.
@@ -292,6 +293,13 @@ def _map(function: Callable[[Tensor], Tensor], target: Target) -> Target:
     return {key: function(part) if isinstance(part, tv_tensors.TVTensor) else part for key, part in target.items()}
 
 
+def _resize_part(part: tv_tensors.TVTensor, size: list[int]) -> tv_tensors.TVTensor:
+    """What belongs to an image in another size; masks as bytes, since torchvision makes a float of every bool."""
+    if part.dtype != torch.bool:
+        return F.resize(part, size)
+    return tv_tensors.wrap(F.resize(tv_tensors.Mask(part.byte()), size).bool(), like=part)
+
+
 def _without_emptied(target: Target) -> Target:
     if "labels" not in target:
         return target
@@ -305,6 +313,8 @@ def _without_emptied(target: Target) -> Target:
         pixels = target["masks"].flatten(1).sum(1)
         keep &= pixels > 0
         area = pixels.float()
+    if "panoptic" in target:
+        keep &= torch.isin(target["segment_ids"], target["panoptic"].as_subclass(Tensor))
     if "area" in target:
         target["area"] = area.as_subclass(Tensor)[keep]
     for key in PER_OBJECT:

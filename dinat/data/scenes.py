@@ -175,7 +175,6 @@ class PanopticScenes(DigitScenes):
         masks = np.concatenate([scene.masks, ~scene.masks.any(0, keepdims=True)])
         ids = np.arange(1, len(masks) + 1)
         return {
-            "masks": tv_tensors.Mask(torch.from_numpy(masks)),
             "labels": torch.from_numpy(np.append(scene.labels, 10)),
             "iscrowd": torch.zeros(len(masks), dtype=torch.bool),
             "panoptic": tv_tensors.Mask(torch.from_numpy(np.einsum("nhw,n->hw", masks, ids).astype(np.int32))),

@@ -145,6 +145,9 @@ class Universal(DenseModel):
             labels = plain.unique()
             labels = labels[labels != IGNORED].long()
             masks = plain == labels[:, None, None]
+        elif "panoptic" in target:
+            masks = target["panoptic"].as_subclass(Tensor) == target["segment_ids"][:, None, None]
+            labels = target["labels"]
         elif "masks" not in target:
             raise UserError(f"the data has no masks, which {self.method} is trained with for the task {task}.")
         else:

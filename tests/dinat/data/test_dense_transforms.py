@@ -31,6 +31,7 @@ def sample(height=12, width=20):
         "area": torch.tensor([24.0, 1.0]),
         "segment_ids": torch.tensor([7, 9]),
         "semantic": tv_tensors.Mask(masks[0].to(torch.uint8)),
+        "panoptic": tv_tensors.Mask((7 * masks[0] + 9 * masks[1]).int()),
         "image_id": 5,
     }
 
@@ -93,8 +94,28 @@ def test_a_crop_removes_what_it_empties_and_clamps_the_rest():
     assert {(), (3,)} <= seen
 
 
+def test_segments_stay_as_long_as_their_map_has_them():
+    """The map of ids alone tells what a mask for each would."""
+    steps = [{"resize": {"shortest": [8, 12, 30]}}, {"crop": {"range": [6, 20]}}, {"flip": {"p": 0.5}}]
+    transform, left = dense_train_transform([*steps, {"pad": {"size": 12}}]), set()
+    for seed in range(60):
+        image, target = sample()
+        of_masks = {key: target[key] for key in ("labels", "masks")}
+        of_map = {key: target[key] for key in ("labels", "segment_ids", "panoptic", "iscrowd")}
+        torch.manual_seed(seed)
+        expected = transform(image, of_masks)[1]
+        torch.manual_seed(seed)
+        found = transform(image, of_map)[1]
+        assert found["labels"].tolist() == expected["labels"].tolist()
+        assert found["iscrowd"].tolist() == [label == 4 for label in found["labels"]]
+        assert torch.equal(found["panoptic"] == found["segment_ids"][:, None, None], expected["masks"])
+        left.add(tuple(found["segment_ids"].tolist()))
+    assert {(7,), (9,), (7, 9)} <= left
+
+
 def test_objects_need_pixels_and_a_box_to_stay():
     image, target = sample()
+    del target["panoptic"]
     corners = torch.tensor([[1.0, 2, 5, 8], [5, 2, 5.5, 8], [1, 2, 4, 8]])
     target |= {
         "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(12, 20)),

@@ -186,6 +186,11 @@ def test_segments_of_each_task():
     found, labels = model.segments(target, "semantic", (4, 4))
     assert labels.tolist() == [0, 1, 2]
     assert found[0].nonzero()[:, 0].unique().tolist() == [0, 1]
+    ids = tv_tensors.Mask((masks * torch.tensor([5, 6, 8, 9])[:, None, None]).sum(0).int())
+    of_ids = {"panoptic": ids, "segment_ids": torch.tensor([5, 6, 8, 9]), "labels": target["labels"]}
+    for task in ("panoptic", "semantic", "instance"):
+        expected = model.segments(target, task, (4, 8))
+        assert all(map(torch.equal, model.segments(of_ids, task, (4, 8)), expected))
     plain = tv_tensors.Mask(torch.tensor([[0, 255], [2, 2]], dtype=torch.uint8))
     found, labels = model.segments({"semantic": plain}, "semantic", (2, 2))
     assert labels.tolist() == [0, 2]
