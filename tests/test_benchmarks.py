@@ -301,6 +301,30 @@ def test_layers_of_a_model_share_kernels():
     assert layers[0].layer.side == 2 * layers[2].layer.side
 
 
+def test_a_step_of_a_model_on_paper():
+    """Attention is that of the 30 layers in aot.csv, products the model's 4.3 GMACs; the table has both."""
+    paper, problems = (importlib.import_module(name) for name in ("paper_models", "problems"))
+    rows, device = read(paper.RESULTS / "aot.csv"), problems.DEVICES["H200"]
+    seconds = paper.step("dinat_tiny", False, device, paper.layer_times(rows))
+    of_kernel = {
+        row["problem"]: float(row["time_us"])
+        for row in rows
+        if (row["arch"], row["kernel"], row["dtype"]) == ("sm_90", "forward", "bf16") and row["time_us"]
+    }
+    layers = {"0.d1": 2, "0.d8": 1, "1.d1": 2, "1.d4": 2, "2.d1": 9, "2.d2": 9, "3.d1": 5}
+    attention = sum(count * of_kernel[f"dinat_tiny.{layer}"] for layer, count in layers.items())
+    assert 1e6 * seconds["attention"] == pytest.approx(attention)
+    least = 128 * 2 * 4.2e9 / (0.8 * device.matrix)
+    assert least < seconds["products"] < 2 * least  # those that move more bytes than they compute take longer
+    (row,) = [
+        row
+        for row in read(paper.RESULTS / "paper_models.csv")
+        if (row["model"], row["pass"]) == ("dinat_tiny", "inference")
+    ]
+    for kind, time in seconds.items():
+        assert float(row[f"{kind}_ms"]) == pytest.approx(1e3 * time, rel=0.01), "run benchmarks/paper_models.py"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_bytes_that_programs_read():
     """A map of 7x7 by hand: windows of 3, tiles of 4x4 and of what is left; keys 0 to 4 and 3 to 6 on each axis."""
