@@ -7,7 +7,7 @@ OneFormer: One Transformer to Rule Universal Image Segmentation - https://arxiv.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import scipy  # noqa: F401  the matching of queries and objects needs it, and says so late
@@ -419,12 +419,18 @@ class OneFormer(Universal):
             tasks = [("semantic", "instance", "panoptic")[i] for i in drawn]
         truth = [self.segments(t, task, batch.shape[-2:]) for t, task in zip(targets, tasks, strict=True)]
         masks, labels = zip(*truth, strict=True)
-        texts = {}
+        inputs = {}
         if self.tokenizer is not None:
+            texts = [self.texts(x.tolist(), task) for x, task in zip(labels, tasks, strict=True)]
+            different = sorted(set(chain(*texts)))  # a few, which are read once
             tokenize = find_tokenizer(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
-            tokens = [tokenize(self.texts(x.tolist(), task)) for x, task in zip(labels, tasks, strict=True)]
-            texts["text_inputs"] = torch.stack(tokens).to(batch.device)
-        found = self.run(batch, tasks, output_auxiliary_logits=True, **texts)
+            inputs["text_inputs"] = tokenize(different).to(batch.device)
+        found = self.run(batch, tasks, output_auxiliary_logits=True, **inputs)
+        text_queries = None
+        if self.tokenizer is not None:
+            places = {text: place for place, text in enumerate(different)}
+            index = torch.tensor([[places[text] for text in one] for one in texts], device=batch.device)
+            text_queries = self.with_context(found.text_queries[index]).float()
         with torch.autocast(batch.device.type, enabled=False):
             losses = self.network.get_loss_dict(
                 found.masks_queries_logits.float(),
@@ -432,11 +438,18 @@ class OneFormer(Universal):
                 found.transformer_decoder_contrastive_queries.float(),
                 list(masks),
                 list(labels),
-                None if found.text_queries is None else found.text_queries.float(),
+                text_queries,
                 in_float(found.auxiliary_predictions),
                 calculate_contrastive_loss=self.tokenizer is not None,
             )
         return summed(losses)
+
+    def with_context(self, text_queries: Tensor) -> Tensor:
+        """(batch, texts, width) and the learned texts, which belong to every image."""
+        context = self.network.model.text_mapper.prompt_ctx
+        if context is None:
+            return text_queries
+        return torch.cat([text_queries, context.weight.expand(len(text_queries), -1, -1)], dim=1)
 
     def texts(self, labels: Sequence[int], task: str) -> list[str]:
         """A sentence for each segment, in the order of the classes, and sentences about the task up to the queries."""

@@ -220,11 +220,29 @@ def test_texts_of_oneformer():
 
     model = tiny("oneformer", tokenizer=tokenizer, **TEXTS)
     losses = model(*a_car_a_tree_and_a_car())
-    assert seen == [["a photo with a tree", "a photo with a car", "a photo with a car", "an instance photo"]]
+    assert seen == [["a photo with a car", "a photo with a tree", "an instance photo"]]  # each is read once
+    texts = ["a photo with a tree", "a photo with a car", "a photo with a car", "an instance photo"]
+    assert model.texts([1, 0, 1], "instance") == texts
     assert losses.keys() == {"loss_class", "loss_mask", "loss_dice", "loss_contrastive"}
     sum(losses.values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert model.eval().predict([torch.randn(3, 32, 32)])[0]["masks"].shape[1:] == (32, 32)
+
+
+def test_texts_that_are_read_once_are_where_they_belong(monkeypatch):
+    """As transformers reads all texts of all images."""
+    model, seen = tiny("oneformer", tokenizer="clip", **TEXTS), []
+    contrast = OneFormerCriterion.loss_contrastive
+    monkeypatch.setattr(
+        OneFormerCriterion, "loss_contrastive", lambda self, *args: (seen.append(args[1]), contrast(self, *args))[1]
+    )
+    masks = tv_tensors.Mask(torch.ones(2, 32, 32, dtype=torch.bool))
+    labels = [torch.tensor([1, 2]), torch.tensor([0, 1])]
+    model([torch.randn(3, 32, 32)] * 2, [{"masks": masks, "labels": label} for label in labels])
+    tokenize = find_tokenizer("clip")
+    tokens = torch.stack([tokenize(model.texts(label.tolist(), "instance")) for label in labels])
+    torch.testing.assert_close(seen[0], model.network.model.text_mapper(tokens))
+    assert seen[0].shape == (2, 6, 64)
 
 
 def test_tokens_of_clip():
