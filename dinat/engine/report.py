@@ -91,15 +91,16 @@ class Bar:
         """Sets the number of steps done, and what to say beside it."""
         self.note = note or self.note
         task = self.progress.tasks[self.task]
-        self.progress.update(self.task, completed=completed, note=self.note, speed=f"{self.speed:.0f} img/s")
+        self.progress.update(self.task, completed=completed, note=self.note, speed=self.speed)
         if self.progress.disable and self.every and completed % self.every == 0:
             left = f"{task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
-            log.info("%s  %d/%s  %s  %.0f img/s  %s", self.label, completed, self.total, self.note, self.speed, left)
+            log.info("%s  %d/%s  %s  %s  %s", self.label, completed, self.total, self.note, self.speed, left)
 
     @property
-    def speed(self) -> float:
-        """Images per second, over the last thousand steps at most."""
-        return (self.progress.tasks[self.task].speed or 0.0) * self.images
+    def speed(self) -> str:
+        """Images per second, over the last thousand steps at most; nothing until there are two."""
+        steps = self.progress.tasks[self.task].speed
+        return f"{steps * self.images:.0f} img/s" if steps else ""
 
 
 def card(run_dir: Path, cfg: Mapping[str, Any], task: Task, row: Mapping[str, Any]) -> ModelCard:

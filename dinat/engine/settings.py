@@ -40,6 +40,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+# timm's cosine leaves a part of an epoch out
+EPOCHS = Kind(f"{whole(1).words}; scheduler.updates gives other lengths", whole(1).holds)
 NUMBERS = several(_is_number, "a list with a number for each channel")
 SIDES = several(whole(1).holds, "a list of sides")
 SIZE = Kind("pixels, or a list of the sides", lambda value: whole(1).holds(value) or SIDES.holds(value))
@@ -53,12 +55,13 @@ KINDS = {
     whole(0): "seed runtime.workers",
     whole(1): (
         "batch_size eval_batch_size eval_every checkpoint.every_steps? checkpoint.every_epochs? runtime.grad_accum "
-        "runtime.log_every data.num_classes? data.train_samples? data.val_samples? model.num_classes?"
+        "runtime.log_every data.num_classes? data.train_samples? data.val_samples? model.num_classes? "
+        "scheduler.updates?"
     ),
+    EPOCHS: "scheduler.epochs",
     number(): (
-        "optimizer.lr optimizer.weight_decay optimizer.clip_grad? optimizer.layer_decay? scheduler.epochs "
-        "scheduler.updates? scheduler.warmup_epochs scheduler.warmup_updates? scheduler.warmup_lr scheduler.min_lr "
-        "scheduler.cooldown_epochs"
+        "optimizer.lr optimizer.weight_decay optimizer.clip_grad? optimizer.layer_decay? scheduler.warmup_epochs "
+        "scheduler.warmup_updates? scheduler.warmup_lr scheduler.min_lr scheduler.cooldown_epochs"
     ),
     number(most=1): "ema.decay? augment.smoothing model.drop_path_rate? data.crop_pct?",
     SWITCH: (

@@ -133,8 +133,6 @@ class Trainer:
         self.updates = self.train_loader.updates
         self.schedule, epochs = create_schedule(cfg.scheduler, self.optimizer, self.updates)
         self.epochs, self.last_step = math.ceil(epochs), round(epochs * self.updates)
-        if self.last_step < 1:
-            raise UserError(f"scheduler.epochs={cfg.scheduler.epochs}: not one update; an epoch has {self.updates}.")
 
         self.epoch = self.step = 0  # epochs finished, updates done
         self.lr = 0.0  # of the last update

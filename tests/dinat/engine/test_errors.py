@@ -50,7 +50,7 @@ def refused(tiny, tmp_path, monkeypatch):
         ("runtime.grad_accum=5", r"batch_size=24: not a multiple of 1 processes x runtime\.grad_accum=5"),
         ("optimizer.opt=adamm", r"optimizer\.opt=adamm: no such optimizer\. Did you mean adam"),
         ("+optimizer.kwargs.nonsense=1", r"optimizer\.kwargs=.*nonsense"),
-        ("scheduler.epochs=0.05", r"scheduler\.epochs=0\.05: not one update; an epoch has 5"),
+        ("scheduler.epochs=1.5", r"epochs=1\.5: must be a whole number from 1 on; scheduler\.updates gives other"),
         ("scheduler.sched=none", r"scheduler\.sched=none: no schedule"),
         ("+scheduler.nonsense=1", r"scheduler=.*nonsense"),
         ("+augment.transform.nonsense=1", r"augment\.transform=.*nonsense"),

@@ -42,6 +42,16 @@ def test_row_of_results():
     assert table_row(row, "top1", "here", None)["difference"] is None
 
 
+def test_no_speed_is_made_up(monkeypatch):
+    bar, now = report.Bar("epoch 1/1", 4, 8, primary=True), [0.0]
+    monkeypatch.setattr(bar.progress, "get_time", lambda: now[0])
+    with bar:
+        for done, expected in ((1, ""), (2, "16 img/s")):
+            bar.advance(done)
+            assert bar.speed == expected
+            now[0] += 0.5
+
+
 def test_a_table_keeps_one_row_of_each_evaluation_best_first(tmp_path):
     path = tmp_path / "tables" / "table.csv"
 
