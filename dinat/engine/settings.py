@@ -45,6 +45,7 @@ EPOCHS = Kind(f"{whole(1).words}; scheduler.updates gives other lengths", whole(
 NUMBERS = several(_is_number, "a list with a number for each channel")
 SIDES = several(whole(1).holds, "a list of sides")
 SIZE = Kind("pixels, or a list of the sides", lambda value: whole(1).holds(value) or SIDES.holds(value))
+WEIGHTS = Kind("true, false, or the name of a model", lambda value: isinstance(value, bool | str))
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
 STEPS = several(lambda value: True, "a list of steps, or a mapping of arguments")
 SECTION = Kind("a mapping, such as {name: value}", lambda value: False)  # `_given` passes mappings over
@@ -71,9 +72,11 @@ KINDS = {
     ),
     TEXT: (
         "name dir resume? checkpoint? model.name model.backbone? model.checkpoint? data.name data.root? "
-        "data.train_split data.val_split data.test_split? table? output?"
+        "data.train_split data.val_split data.test_split? data.benchmark? data.labels? data.input_key? "
+        "data.target_key? runtime.device runtime.dtype table? output?"
     ),
     SIZE: "data.img_size?",
+    WEIGHTS: "model.pretrained",
     NUMBERS: "data.mean? data.std?",
     SECTION: "model.kwargs? data.kwargs? optimizer.kwargs? optimizer.lr_scale? augment.erasing? augment.mixup?",
     STEPS: "augment.transform? data.eval_transform?",

@@ -71,6 +71,7 @@ def train(cfg: DictConfig, run_dir: str | Path) -> float:
         UserError: for a mistake in the configuration or the data, before the first update wherever possible.
         Interrupted: after SIGTERM or Ctrl-C, with the state saved.
     """
+    check_settings(cfg)
     with join(cfg.runtime.device) as world:
         run_dir = Path(world.agree(str(run_dir)))
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,6 @@ class Trainer:
     def __init__(self, cfg: DictConfig, run_dir: Path, world: World) -> None:
         self.cfg, self.run_dir, self.world = cfg, run_dir, world
         # What is cheap to check comes first: nothing heavy starts on a mistake.
-        check_settings(cfg)
         dtype = autocast_dtype(cfg.runtime.dtype)
         if cfg.runtime.parallel == "fsdp" and dtype == torch.float16:
             raise UserError("runtime.dtype=float16: not with runtime.parallel=fsdp. Use bfloat16.")

@@ -43,6 +43,7 @@ def refused(tiny, tmp_path, monkeypatch):
         ("data.num_classes=12", r"class counts differ: the data set 10, data\.num_classes 12"),
         ("model.num_classes=7", r"class counts differ: the data set 10, model\.num_classes 7"),
         ("data.on_bad_image=ignore", r"data\.on_bad_image=ignore: no such choice\. Known: skip, fail"),
+        ("runtime.device=0", r"runtime\.device=0: must be a text"),
         ("runtime.device=cudda", r"runtime\.device=cudda: no such device.* Did you mean cuda"),
         ("runtime.dtype=float8", r"runtime\.dtype=float8: no such precision\. Known: float32, bfloat16, float16"),
         ("runtime.parallel=tensor", r"runtime\.parallel=tensor: no such choice\. Known: ddp, fsdp"),

@@ -12,7 +12,7 @@ from dinat.engine.settings import CHOICES, KINDS, check_settings
 from dinat.errors import UserError
 
 KEYS = {key.rstrip("?") for keys in KINDS.values() for key in keys.split()} | {key.rstrip("?") for key in CHOICES}
-ELSEWHERE = {"model.pretrained", "scheduler.decay_rate"}  # checked where they are used
+ELSEWHERE = {"scheduler.decay_rate"}  # checked where it is used
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,8 @@ def test_every_switch_and_number_is_checked(config):
         ("data.root", 2024, "data.root=2024: must be a text; what looks like a number takes quotes within quotes."),
         ("data.train_split", None, "data.train_split=None: must be a text"),
         ("model.name", None, "model.name=None: must be a text"),
+        ("model.pretrained", 5, "model.pretrained=5: must be true, false, or the name of a model."),
+        ("runtime.device", 0, "runtime.device=0: must be a text"),
         ("model.kwargs", 5, "model.kwargs=5: must be a mapping, such as {name: value}."),
         ("augment.transform", "flip", "augment.transform=flip: must be a list of steps, or a mapping of arguments."),
     ],
