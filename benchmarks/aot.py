@@ -269,7 +269,7 @@ def row(arch: str, case: Case, launch: Launch, compiled_kernel: Any) -> dict:
         problem=case.name,
         kernel=kernel,
         tile="x".join(map(str, constants["TILE"][:3])),
-        block="{3}x{4}".format(*constants["BOX"]) + f"/{constants['BQ' if kernel == 'key' else 'BK']}",
+        block="{3}x{4}/".format(*constants["BOX"]) + "+".join(map(str, constants["BQ" if kernel == "key" else "BK"])),
         blocks=constants["BOX"][-1] if kernel != "rpb" else 1,
         images=plan.integers[-1],
         launches=1 + (2 - plan.complete if constants.get("GRAD_RPB") else 0),

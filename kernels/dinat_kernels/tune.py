@@ -97,6 +97,7 @@ def candidates(shipped: Config) -> list[Config]:
                     yield shipped._replace(**{field: value})
         for stages in {1, 2, 3} - {shipped.num_stages}:
             yield shipped._replace(num_stages=stages)
+        yield shipped._replace(parts=4 if shipped.parts == 1 else 1)
 
     return [shipped, *neighbors()]
 

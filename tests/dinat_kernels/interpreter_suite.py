@@ -156,22 +156,57 @@ def test_inverse_windows(name, dtype):
     compare(PLAIN | problem)
 
 
+@pytest.fixture
+def plans_of(monkeypatch):
+    """Compares with other configurations than the shipped ones, and returns the plans."""
+
+    def run(problem: dict, **rows: configs.Config) -> list[fused.launch.Plan]:
+        plans, make_plan = [], fused.launch.make_plan
+        monkeypatch.setattr(fused.launch, "choose", lambda of: rows[of.kernel])
+        monkeypatch.setattr(fused.launch, "make_plan", lambda *args: plans.append(make_plan(*args)) or plans[-1])
+        fused.launch.forget_plans()
+        compare(PLAIN | dict(rank=2, head_dim=8, value_dim=8) | problem)
+        return plans
+
+    return run
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_halves(dtype, monkeypatch):
+def test_halves(dtype, plans_of):
     """Groups of two windows: a tile is as large as a window; those of keys have several blocks of queries."""
-    bits = torch.finfo(dtype).bits
-    rows = dict(forward=configs.Config(16, 64, 4, 1), query=configs.Config(16, 64, 4, 1))
-    rows |= dict(key=configs.Config(16, 32, 4, 1))
-    classes = {str(configs.ProblemClass(k, "interpreter", bits, 16, "halves", 16)): row for k, row in rows.items()}
-    monkeypatch.setattr(configs, "user_configs", lambda: classes)
-    fused.launch.forget_plans()
-    plans, make_plan = [], fused.launch.make_plan
-    monkeypatch.setattr(fused.launch, "make_plan", lambda *args: plans.append(make_plan(*args)) or plans[-1])
-    window = dict(kernel_size=[4, 4])
-    compare(PLAIN | dict(rank=2, shape=(2, 8, 8), head_dim=8, value_dim=8, window=window, dtype=dtype))
+    row = configs.Config(16, 64, 4, 1)
+    problem = dict(shape=(2, 8, 8), window=dict(kernel_size=[4, 4]), dtype=dtype)
+    plans = plans_of(problem, forward=row, query=row, key=row._replace(block=32))
     assert {plan.extent for plan in plans} == {"halves"}
     assert {plan.constants["TILE"][:3] for plan in plans} == {(1, 4, 4)}
     assert all(plan.constants["BOX"][-1] > 1 for plan in plans if plan.name == "key")
+
+
+# By hand: tiles of 4x4 have 6x6 on the other side, whole groups of 5x5 themselves, tiles of 4x8 5x9.
+PARTS = {
+    "halves": ((2, 8, 8), [4, 4], 1, (16, 16), (16, 16, 16)),
+    "grouped queries": ((2, 8, 8), [4, 4], 2, (16, 32), (32, 16)),
+    "whole groups": ((2, 5, 5), [5, 5], 1, (32, 16), (16, 16)),
+    "tiles that are not full": ((1, 7, 11), [3, 3], 1, (32, 32), (32, 16)),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_blocks_in_parts(name, plans_of):
+    """One block holds the box, in parts of different sizes."""
+    shape, kernel_size, heads, (tile, block), parts = PARTS[name]
+    row = configs.Config(tile, block, 4, 1, parts=4)
+    problem = dict(shape=shape, heads=heads, window=dict(kernel_size=kernel_size), dtype=torch.float32)
+    plans = plans_of(problem, forward=row, query=row, key=row)
+    assert {plan.constants["BQ" if plan.name == "key" else "BK"] for plan in plans} == {parts}
+    assert {plan.constants["BOX"][-1] for plan in plans} == {1}
+
+
+def test_a_box_that_no_block_holds_has_blocks_without_parts():
+    shape = fused.launch.block_shape
+    assert shape((1, 10, 14), 64, 3) == ((64, 64, 16), (10, 14, 1))
+    assert shape((1, 14, 14), 64, 3) == shape((1, 14, 14), 64) == ((64,), (4, 14, 4))
+    assert shape((1, 7, 7), 64, 3) == ((64,), (7, 7, 1))
 
 
 def test_transposed_maps_are_read_in_place():
@@ -290,14 +325,15 @@ def test_plans():
     """What no small problem shows: offsets of 64 bits, several images of a program, products in tf32."""
 
     def is_wide(*size: int) -> bool:
-        shape = (1, *size, 4, 32)  # 2**7 elements a token
+        shape = (*size, 4, 32)  # 2**7 elements a token
         layouts = ((shape, torch.empty(shape, device="meta").stride()),) * 3
         window = make_neighborhood(2, 7)
         gpu = fused.launch.Gpu("sm_90", 132)
         plan = fused.launch.make_plan("forward", layouts, torch.float16, gpu, window, False, 1, "ieee")
         return plan.constants["WIDE"]
 
-    assert (is_wide(4096, 4096), is_wide(4096, 4095)) == (True, False)  # 2**31 elements, and 2**19 less
+    assert (is_wide(1, 4096, 4096), is_wide(1, 4096, 4095)) == (True, False)  # 2**31 elements, and 2**19 less
+    assert (is_wide(16, 1024, 1024), is_wide(15, 1024, 1024)) == (True, False)
     images = fused.launch.images_per_program
     assert images(1, 8, 100, 1) == 1
     assert images(64, 8, 16, 1) == 32  # two parts fill the GPU, and take the time of 4 + 32 images

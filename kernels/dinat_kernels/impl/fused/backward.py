@@ -82,13 +82,13 @@ def query_kernel(
     WINDOW: tl.constexpr,  # kernel_size, stride, is_causal, and whether every query sees its whole group, axis by axis
     TILE: tl.constexpr,  # a tile of queries, as BOX
     BOX: tl.constexpr,  # the box of keys that hold all its windows: positions.block
-    BQ: tl.constexpr,  # the sizes of blocks: powers of two
-    BK: tl.constexpr,
+    BQ: tl.constexpr,  # slots of a tile: a power of two
+    BK: tl.constexpr,  # slots of the parts of a block: powers of two
     BD: tl.constexpr,
     BV: tl.constexpr,
     HAS_RPB: tl.constexpr,
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
-    WIDE: tl.constexpr,  # offsets within one image need 64 bits
+    WIDE: tl.constexpr,  # offsets need 64 bits
     PRECISION: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     GRAD_QUERY: tl.constexpr,
@@ -118,11 +118,14 @@ def query_kernel(
     p_rpb += i_head * TABLE
     HOISTED: tl.constexpr = BLOCKS == 1 or not GRAD_QUERY
     if HOISTED:
-        k_index, m_k, b_bias = at.key_block(
+        parts = at.key_parts(
             first_block, lo, hi, q_pos, m_q, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
         )
     if GRAD_RPB:
-        b_drpb = tl.zeros([BQ, BK], tl.float32)
+        b_drpb = ()
+        for i_part in tl.static_range(len(BK)):
+            _, _, b_bias = parts[i_part]
+            b_drpb += (tl.zeros_like(b_bias),)
 
     o_q, o_do = at.offsets(q_index, (q_d, q_h, q_w)), at.offsets(q_index, (do_d, do_h, do_w))
     o_token = at.flat(q_index, lengths)
@@ -131,52 +134,61 @@ def query_kernel(
     p_k += i_head // GROUP * k_head
     p_v += i_head // GROUP * v_head
     p_do += i_head * do_head
+    p_out += i_head * VALUE_DIM
+    p_lse += i_head
+    p_dlse += i_head
+    p_delta += i_head
+    p_dq += i_head * HEAD_DIM
+    p_dk += i_head * HEAD_DIM
+    p_dv += i_head * VALUE_DIM
     for i_image in range(i * images, tl.minimum((i + 1) * images, batch)):
-        i_batch = tl.cast(i_image, tl.int64)
+        i_batch = at.numbered(i_image, WIDE or BLOCKS > 1)
         i_token = i_batch * (L_d * L_h * L_w)
-        i_out = i_token * heads + i_head
-        b_q = at.signed(at.load(p_q + i_batch * q_batch, o_q, m_q, HEAD_DIM, BD), SIGN)  # (BQ, BD)
-        b_do = at.load(p_do + i_batch * do_batch, o_do, m_q, VALUE_DIM, BV)  # (BQ, BV)
-        b_lse = tl.load(p_lse + i_out + o_out) * LOG2E
+        i_out = i_token * heads
+        b_q = at.signed(at.load(p_q, o_q, i_batch * q_batch, m_q, HEAD_DIM, BD), SIGN)  # (BQ, BD)
+        b_do = at.load(p_do, o_do, i_batch * do_batch, m_q, VALUE_DIM, BV)  # (BQ, BV)
+        b_lse = tl.load(at.pointers(p_lse, o_out, i_out)) * LOG2E
         if GRAD_QUERY:
-            b_out = at.load(p_out + i_out * VALUE_DIM, o_out * VALUE_DIM, m_q, VALUE_DIM, BV)
+            b_out = at.load(p_out, o_out * VALUE_DIM, i_out * VALUE_DIM, m_q, VALUE_DIM, BV)
             b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
             if HAS_DLSE:
-                b_delta -= tl.load(p_dlse + i_out + o_out)
+                b_delta -= tl.load(at.pointers(p_dlse, o_out, i_out))
             if not WHOLE:
-                tl.store(p_delta + i_out + o_out, b_delta, mask=m_q)
+                tl.store(at.pointers(p_delta, o_out, i_out), b_delta, mask=m_q)
         else:
-            b_delta = tl.load(p_delta + i_out + o_out)
+            b_delta = tl.load(at.pointers(p_delta, o_out, i_out))
         b_dq = tl.zeros([BQ, BD], tl.float32)
         for i_block in range(BLOCKS if GRAD_QUERY else 1):
             if not HOISTED:
-                k_index, m_k, b_bias = at.key_block(
+                parts = at.key_parts(
                     i_block, lo, hi, q_pos, m_q, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
                 )
-            o_k, o_v = at.offsets(k_index, (k_d, k_h, k_w)), at.offsets(k_index, (v_d, v_h, v_w))
-            b_k = at.load(p_k + i_batch * k_batch, o_k, m_k, HEAD_DIM, BD)  # (BK, BD)
-            b_v = at.load(p_v + i_batch * v_batch, o_v, m_k, VALUE_DIM, BV)  # (BK, BV)
-            b_logit = tl.dot(b_q, tl.trans(b_k), b_bias, input_precision=PRECISION)  # (BQ, BK), in units of scale
-            b_weight = tl.exp2(b_logit * (scale * LOG2E) - b_lse[:, None])
-            if WHOLE:
-                o_key = at.flat(k_index, lengths)
-                b_dv = tl.dot(tl.trans(b_weight.to(b_do.dtype)), b_do, input_precision=PRECISION)  # (BK, BV)
-                i_dv = i_token * dv_row + i_head * VALUE_DIM
-                at.store(p_dv + i_dv, o_key * dv_row, b_dv, m_k, VALUE_DIM, BV)
-            b_dlogit = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-            b_dlogit = b_weight * (b_dlogit - b_delta[:, None])
+            sums = ()
+            for i_part in tl.static_range(len(BK)):
+                k_index, m_k, b_bias = parts[i_part]
+                o_k, o_v = at.offsets(k_index, (k_d, k_h, k_w)), at.offsets(k_index, (v_d, v_h, v_w))
+                b_k = at.load(p_k, o_k, i_batch * k_batch, m_k, HEAD_DIM, BD)  # (BK, BD)
+                b_v = at.load(p_v, o_v, i_batch * v_batch, m_k, VALUE_DIM, BV)  # (BK, BV)
+                b_logit = tl.dot(b_q, tl.trans(b_k), b_bias, input_precision=PRECISION)  # (BQ, BK), in units of scale
+                b_weight = tl.exp2(b_logit * (scale * LOG2E) - b_lse[:, None])
+                if WHOLE:
+                    o_key = at.flat(k_index, lengths)
+                    b_dv = tl.dot(tl.trans(b_weight.to(b_do.dtype)), b_do, input_precision=PRECISION)  # (BK, BV)
+                    at.store(p_dv, o_key * dv_row, i_token * dv_row, b_dv, m_k, VALUE_DIM, BV)
+                b_dlogit = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+                b_dlogit = b_weight * (b_dlogit - b_delta[:, None])
+                if GRAD_RPB:
+                    sums += (b_drpb[i_part] + b_dlogit,)
+                b_dlogit = b_dlogit.to(b_k.dtype)
+                if WHOLE:
+                    b_dk = tl.dot(tl.trans(b_dlogit), b_q, input_precision=PRECISION)  # (BK, BD)
+                    at.store(p_dk, o_key * dk_row, i_token * dk_row, b_dk * scale, m_k, HEAD_DIM, BD)
+                if GRAD_QUERY:
+                    b_dq = tl.dot(b_dlogit, b_k, b_dq, input_precision=PRECISION)
             if GRAD_RPB:
-                b_drpb += b_dlogit
-            b_dlogit = b_dlogit.to(b_k.dtype)
-            if WHOLE:
-                b_dk = tl.dot(tl.trans(b_dlogit), b_q, input_precision=PRECISION)  # (BK, BD)
-                i_dk = i_token * dk_row + i_head * HEAD_DIM
-                at.store(p_dk + i_dk, o_key * dk_row, b_dk * scale, m_k, HEAD_DIM, BD)
-            if GRAD_QUERY:
-                b_dq = tl.dot(b_dlogit, b_k, b_dq, input_precision=PRECISION)
+                b_drpb = sums
         if GRAD_QUERY:
-            i_dq = i_token * dq_row + i_head * HEAD_DIM
-            at.store(p_dq + i_dq, o_token * dq_row, b_dq * (scale * SIGN), m_q, HEAD_DIM, BD)
+            at.store(p_dq, o_token * dq_row, i_token * dq_row, b_dq * (scale * SIGN), m_q, HEAD_DIM, BD)
 
     if GRAD_RPB:
         # An entry of the table is one key of every query, at most: so many steps from the first key of the box.
@@ -192,7 +204,6 @@ def query_kernel(
         q_h = (q_pos[1] - lo[1] - WINDOW[4] + 1)[None, :]
         q_w = (q_pos[2] - lo[2] - WINDOW[8] + 1)[None, :]
         q_slot = ((q_d * BOX[1] + q_h) - row) * BOX[4] + q_w - col
-        b_drpb = tl.trans(b_drpb)  # (BK, BQ)
         for i_entry in range((TABLE + ENTRIES - 1) // ENTRIES):
             entry = i_entry * ENTRIES + tl.arange(0, ENTRIES) + zero
             e_d, e_h, e_w = entry // (table_h * table_w), entry // table_w % table_h, entry % table_w
@@ -203,8 +214,16 @@ def query_kernel(
             if BLOCKS > 1:
                 m = m & within((q_d + e_d[:, None]) * BOX[1] + q_h + e_h[:, None] - row, BOX[3])
                 m = m & within(q_w + e_w[:, None] - col, BOX[4])
-            b = tl.gather(b_drpb, tl.where(m, slot, 0), 0)  # (ENTRIES, BQ)
-            tl.store(p_drpb + entry, tl.sum(tl.where(m, b, 0.0), 1), mask=entry < TABLE)
+            b_entry = 0.0
+            first_slot = 0
+            for i_part in tl.static_range(len(BK)):
+                slot_of_part, m_part = slot - first_slot, m
+                if len(BK) > 1:
+                    m_part = m & within(slot_of_part, BK[i_part])
+                b = tl.gather(tl.trans(b_drpb[i_part]), tl.where(m_part, slot_of_part, 0), 0)  # (ENTRIES, BQ)
+                b_entry += tl.sum(tl.where(m_part, b, 0.0), 1)
+                first_slot += BK[i_part]
+            tl.store(p_drpb + entry, b_entry, mask=entry < TABLE)
 
 
 @triton.jit(do_not_specialize=at.SIZES)
@@ -259,13 +278,13 @@ def key_kernel(
     WINDOW: tl.constexpr,  # kernel_size, stride, is_causal, and whether every query sees its whole group, axis by axis
     TILE: tl.constexpr,  # a tile of keys, as BOX
     BOX: tl.constexpr,  # the box of queries that see one of them: positions.block
-    BQ: tl.constexpr,  # the sizes of blocks: powers of two
-    BK: tl.constexpr,
+    BQ: tl.constexpr,  # slots of the parts of a block: powers of two
+    BK: tl.constexpr,  # slots of a tile: a power of two
     BD: tl.constexpr,
     BV: tl.constexpr,
     HAS_RPB: tl.constexpr,
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
-    WIDE: tl.constexpr,  # offsets within one image need 64 bits
+    WIDE: tl.constexpr,  # offsets need 64 bits
     PRECISION: tl.constexpr,
 ):
     """One program: the keys of one tile of one dilation group, of one key head, in some images.
@@ -287,7 +306,7 @@ def key_kernel(
     TABLE: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[4] - 1) * (2 * WINDOW[8] - 1)
     HOISTED: tl.constexpr = BLOCKS == 1 and GROUP == 1
     if HOISTED:
-        q_index, m_q, b_bias = at.query_block(
+        parts = at.query_parts(
             0, lo, hi, k_pos, m_k, n, dilation, group, p_rpb + i_kv * TABLE, scale, WINDOW, BOX, BQ, HAS_RPB, WIDE
         )
 
@@ -295,32 +314,35 @@ def key_kernel(
     o_key = at.flat(k_index, lengths)
     p_k += i_kv * k_head
     p_v += i_kv * v_head
+    p_dk += i_kv * HEAD_DIM
+    p_dv += i_kv * VALUE_DIM
     for i_image in range(i * images, tl.minimum((i + 1) * images, batch)):
-        i_batch = tl.cast(i_image, tl.int64)
+        i_batch = at.numbered(i_image, WIDE or BLOCKS > 1)
         i_token = i_batch * (L_d * L_h * L_w)
-        b_k = at.signed(at.load(p_k + i_batch * k_batch, o_k, m_k, HEAD_DIM, BD), SIGN)  # (BK, BD)
-        b_v = at.load(p_v + i_batch * v_batch, o_v, m_k, VALUE_DIM, BV)  # (BK, BV)
+        b_k = at.signed(at.load(p_k, o_k, i_batch * k_batch, m_k, HEAD_DIM, BD), SIGN)  # (BK, BD)
+        b_v = at.load(p_v, o_v, i_batch * v_batch, m_k, VALUE_DIM, BV)  # (BK, BV)
         b_dk = tl.zeros([BK, BD], tl.float32)
         b_dv = tl.zeros([BK, BV], tl.float32)
         for i_block in range(GROUP * BLOCKS):
             i_head = i_kv * GROUP + i_block // BLOCKS
             if not HOISTED:
                 block, p_table = i_block % BLOCKS, p_rpb + i_head * TABLE
-                q_index, m_q, b_bias = at.query_block(
+                parts = at.query_parts(
                     block, lo, hi, k_pos, m_k, n, dilation, group, p_table, scale, WINDOW, BOX, BQ, HAS_RPB, WIDE
                 )
-            o_q, o_do = at.offsets(q_index, (q_d, q_h, q_w)), at.offsets(q_index, (do_d, do_h, do_w))
-            b_q = at.load(p_q + (i_batch * q_batch + i_head * q_head), o_q, m_q, HEAD_DIM, BD)  # (BQ, BD)
-            b_do = at.load(p_do + (i_batch * do_batch + i_head * do_head), o_do, m_q, VALUE_DIM, BV)  # (BQ, BV)
-            i_out, o_out = i_token * heads + i_head, at.flat(q_index, lengths) * heads
-            b_lse = tl.load(p_lse + i_out + o_out) * LOG2E
-            b_delta = tl.load(p_delta + i_out + o_out)
-            b_logit = tl.dot(b_k, tl.trans(b_q), b_bias, input_precision=PRECISION)  # (BK, BQ), in units of scale
-            b_weight = tl.exp2(b_logit * (scale * LOG2E) - b_lse[None, :])
-            b_dlogit = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-            b_dlogit = b_weight * (b_dlogit - b_delta[None, :])
-            b_dv = tl.dot(b_weight.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-            b_dk = tl.dot(b_dlogit.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-        i_dk, i_dv = i_token * dk_row + i_kv * HEAD_DIM, i_token * dv_row + i_kv * VALUE_DIM
-        at.store(p_dk + i_dk, o_key * dk_row, b_dk * (scale * SIGN), m_k, HEAD_DIM, BD)
-        at.store(p_dv + i_dv, o_key * dv_row, b_dv, m_k, VALUE_DIM, BV)
+            for i_part in tl.static_range(len(BQ)):
+                q_index, m_q, b_bias = parts[i_part]
+                o_q, o_do = at.offsets(q_index, (q_d, q_h, q_w)), at.offsets(q_index, (do_d, do_h, do_w))
+                b_q = at.load(p_q + i_head * q_head, o_q, i_batch * q_batch, m_q, HEAD_DIM, BD)  # (BQ, BD)
+                b_do = at.load(p_do + i_head * do_head, o_do, i_batch * do_batch, m_q, VALUE_DIM, BV)  # (BQ, BV)
+                i_out, o_out = i_token * heads, at.flat(q_index, lengths) * heads
+                b_lse = tl.load(at.pointers(p_lse + i_head, o_out, i_out)) * LOG2E
+                b_delta = tl.load(at.pointers(p_delta + i_head, o_out, i_out))
+                b_logit = tl.dot(b_k, tl.trans(b_q), b_bias, input_precision=PRECISION)  # (BK, BQ), in units of scale
+                b_weight = tl.exp2(b_logit * (scale * LOG2E) - b_lse[None, :])
+                b_dlogit = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+                b_dlogit = b_weight * (b_dlogit - b_delta[None, :])
+                b_dv = tl.dot(b_weight.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+                b_dk = tl.dot(b_dlogit.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        at.store(p_dk, o_key * dk_row, i_token * dk_row, b_dk * (scale * SIGN), m_k, HEAD_DIM, BD)
+        at.store(p_dv, o_key * dv_row, i_token * dv_row, b_dv, m_k, VALUE_DIM, BV)

@@ -18,10 +18,11 @@ class Config(NamedTuple):
     """How a kernel is launched.  Tile and block are upper limits: small maps and windows need less, and fewer warps."""
 
     tile: int  # tokens that a program owns: queries, or keys in the key kernel
-    block: int  # tokens of a block of the other side
+    block: int  # tokens of a block of the other side, or of a part of it
     num_warps: int  # of a tile and block of these sizes
     num_stages: int
     programs: int = 4  # that a multiprocessor holds at a time, about
+    parts: int = 1  # of a block that holds all of the other side, where one of `block` tokens does not
 
 
 # What the lengths of dilation groups are: "dense", a window on every axis, so that every query sees its whole group;
@@ -99,7 +100,7 @@ _SHIPPED = {
         ("", 32, _ANY, 128, math.inf, Config(32, 32, 8, 1)),
     ),
     "key": (
-        ("sm_9", 16, _HALVES, 32, 64, Config(64, 32, 4, 3, 2)),
+        ("sm_9", 16, _HALVES, 32, 64, Config(64, 32, 4, 3, 2, parts=4)),
         ("gfx", 16, _ANY, 64, 128, Config(16, 128, 4, 1)),
         ("sm_8", 16, _ANY, 32, 49, Config(16, 256, 4, 3, 2)),
         ("", 16, _ANY, 32, 49, Config(16, 256, 8, 3, 3)),

@@ -52,13 +52,13 @@ def forward_kernel(
     WINDOW: tl.constexpr,  # kernel_size, stride, is_causal, and whether every query sees its whole group, axis by axis
     TILE: tl.constexpr,  # a tile of queries, as BOX
     BOX: tl.constexpr,  # the box of keys that hold all its windows: positions.block
-    BQ: tl.constexpr,  # the sizes of blocks: powers of two
-    BK: tl.constexpr,
+    BQ: tl.constexpr,  # slots of a tile: a power of two
+    BK: tl.constexpr,  # slots of the parts of a block: powers of two
     BD: tl.constexpr,
     BV: tl.constexpr,
     HAS_RPB: tl.constexpr,
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
-    WIDE: tl.constexpr,  # offsets within one image need 64 bits
+    WIDE: tl.constexpr,  # offsets need 64 bits
     PRECISION: tl.constexpr,
 ):
     """One program: the queries of one tile of one dilation group, of one head, in some images.
@@ -81,9 +81,7 @@ def forward_kernel(
     p_rpb += i_head * ((2 * WINDOW[0] - 1) * (2 * WINDOW[4] - 1) * (2 * WINDOW[8] - 1))
     m_any = tl.full([BQ], True, tl.int1)  # slots without a query of their own compute another one's again
     if BLOCKS == 1:
-        k_index, m_k, b_bias = at.key_block(
-            0, lo, hi, q_pos, m_any, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
-        )
+        parts = at.key_parts(0, lo, hi, q_pos, m_any, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE)
 
     # Logits are kept in units of `scale`, which the exponential applies.
     scale_log2 = scale * LOG2E
@@ -92,28 +90,35 @@ def forward_kernel(
     p_q += i_head * q_head
     p_k += i_head // GROUP * k_head
     p_v += i_head // GROUP * v_head
+    p_out += i_head * VALUE_DIM
+    p_lse += i_head
     for i_image in range(i * images, tl.minimum((i + 1) * images, batch)):
-        i_batch = tl.cast(i_image, tl.int64)
-        i_out = i_batch * (L_d * L_h * L_w) * heads + i_head
-        b_q = at.signed(at.load(p_q + i_batch * q_batch, o_q, m_q, HEAD_DIM, BD), SIGN)  # (BQ, BD)
+        i_batch = at.numbered(i_image, WIDE or BLOCKS > 1)
+        i_out = i_batch * (L_d * L_h * L_w) * heads
+        b_q = at.signed(at.load(p_q, o_q, i_batch * q_batch, m_q, HEAD_DIM, BD), SIGN)  # (BQ, BD)
         b_max = tl.full([BQ], LOWEST, tl.float32)
         b_sum = tl.zeros([BQ], tl.float32)
         b_out = tl.zeros([BQ, BV], tl.float32)
         for i_block in range(BLOCKS):
             if BLOCKS > 1:
-                k_index, m_k, b_bias = at.key_block(
+                parts = at.key_parts(
                     i_block, lo, hi, q_pos, m_any, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE
                 )
-            o_k, o_v = at.offsets(k_index, (k_d, k_h, k_w)), at.offsets(k_index, (v_d, v_h, v_w))
-            b_k = at.load(p_k + i_batch * k_batch, o_k, m_k, HEAD_DIM, BD)  # (BK, BD)
-            b_v = at.load(p_v + i_batch * v_batch, o_v, m_k, VALUE_DIM, BV)  # (BK, BV)
-            b_logit = tl.dot(b_q, tl.trans(b_k), b_bias, input_precision=PRECISION)  # (BQ, BK)
-            b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-            b_weight = tl.exp2(b_logit * scale_log2 - (b_new_max * scale_log2)[:, None])  # (BQ, BK)
-            b_decay = tl.exp2((b_max - b_new_max) * scale_log2)
-            b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
-            b_out = b_out * b_decay[:, None]
-            b_out = tl.dot(b_weight.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
-            b_max = b_new_max
-        tl.store(p_lse + i_out + o_out, b_max * scale + tl.log2(b_sum) / LOG2E, mask=m_q)
-        at.store(p_out + i_out * VALUE_DIM, o_out * VALUE_DIM, b_out * (1 / b_sum)[:, None], m_q, VALUE_DIM, BV)
+            for i_part in tl.static_range(len(BK)):
+                k_index, m_k, b_bias = parts[i_part]
+                o_k, o_v = at.offsets(k_index, (k_d, k_h, k_w)), at.offsets(k_index, (v_d, v_h, v_w))
+                b_k = at.load(p_k, o_k, i_batch * k_batch, m_k, HEAD_DIM, BD)  # (BK, BD)
+                b_v = at.load(p_v, o_v, i_batch * v_batch, m_k, VALUE_DIM, BV)  # (BK, BV)
+                b_logit = tl.dot(b_q, tl.trans(b_k), b_bias, input_precision=PRECISION)  # (BQ, BK)
+                b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
+                b_weight = tl.exp2(b_logit * scale_log2 - (b_new_max * scale_log2)[:, None])  # (BQ, BK)
+                if BLOCKS > 1 or i_part > 0:
+                    b_decay = tl.exp2((b_max - b_new_max) * scale_log2)
+                    b_sum *= b_decay
+                    b_out *= b_decay[:, None]
+                b_sum += tl.sum(b_weight, 1)
+                b_out = tl.dot(b_weight.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+                b_max = b_new_max
+        tl.store(at.pointers(p_lse, o_out, i_out), b_max * scale + tl.log2(b_sum) / LOG2E, mask=m_q)
+        b_out = b_out * (1 / b_sum)[:, None]
+        at.store(p_out, o_out * VALUE_DIM, i_out * VALUE_DIM, b_out, m_q, VALUE_DIM, BV)

@@ -129,8 +129,18 @@ def span(lengths: set[int], tile: int, k: int, s: int, causal: bool, bounds: Cal
     return int(max(spans))
 
 
-def block_shape(box: tuple[int, int, int], limit: int) -> tuple[int, tuple[int, int, int]]:
-    """The cheapest block up to `limit` for a box: its size, and its rows, columns and number in the box."""
+def block_shape(box: tuple[int, int, int], limit: int, parts: int = 1) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """The cheapest blocks for a box: the sizes of a block's parts, and its rows, columns and number in the box.
+
+    Args:
+        limit: of the size of a part.
+        parts: so many make up a block, at most.  It has several only where it holds the box.
+    """
+    volume = math.prod(box)
+    if limit < volume <= limit * parts:
+        rest = (volume - 1) % limit + 1
+        sizes = (*[limit] * ((volume - 1) // limit), max(16, next_power_of_two(rest)))
+        return sizes, (box[0] * box[1], box[2], 1)
 
     def shape(size: int) -> tuple[int, int, int]:
         runs = -(-box[2] // size)
@@ -143,7 +153,7 @@ def block_shape(box: tuple[int, int, int], limit: int) -> tuple[int, tuple[int, 
         return (size + _BLOCK_COST) * blocks * (1 if blocks == 1 else _REPEATED)
 
     best = min((size for size in (256, 128, 64, 32, 16) if size <= limit), key=cost)
-    return best, shape(best)
+    return (best,), shape(best)
 
 
 def images_per_program(batch: int, programs: int, resident: int, blocks: int) -> int:
@@ -202,7 +212,7 @@ def make_plan(
     groups = [{group_length(n, d, 0), group_length(n, d, d - 1)} for n, d in zip(lengths, dilation, strict=True)]
     bounds = seeing_range if kernel == "key" else visible_range
     box = tuple(map(span, groups, tile, size, stride, causal, [bounds] * 3))
-    block, (block_rows, columns, blocks) = block_shape(box, config.block)
+    sizes, (block_rows, columns, blocks) = block_shape(box, config.block, config.parts)
     tiles = tuple(-(-n // t) for n, t in zip(longest, tile, strict=True))
     programs = heads // (heads // kv_heads if kernel == "key" else 1) * math.prod(tiles) * math.prod(dilation)
     if kernel == "rpb":
@@ -210,14 +220,14 @@ def make_plan(
     steps = 1 if kernel == "rpb" else blocks
     images = images_per_program(batch, programs, config.programs * gpu.processors, steps)
     slots = max(16, next_power_of_two(math.prod(tile)))
-    warps = max(1, config.num_warps * slots * block // (next_power_of_two(config.tile) * config.block))
+    warps = max(1, config.num_warps * slots * sizes[0] // (next_power_of_two(config.tile) * config.block))
 
     def strides(layout: Strided) -> tuple[int, ...]:
         batch_stride, *steps, head_stride, _ = layout[1]
         return (batch_stride, *[0] * unit, *steps, head_stride)
 
     def reach(layout: Strided) -> int:
-        return sum((n - 1) * step for n, step in zip(lengths, strides(layout)[1:-1], strict=True))
+        return sum((n - 1) * step for n, step in zip((batch, *lengths), strides(layout)[:-1], strict=True))
 
     rows = dict(forward=(), query=grad_rows, key=grad_rows[1:])[own]
     widest = max(heads * head_dim, heads * value_dim, *grad_rows)
@@ -228,13 +238,13 @@ def make_plan(
         WINDOW=tuple(itertools.chain(*zip(size, stride, causal, full, strict=True))),
         TILE=(*tile, tile[0] * tile[1], tile[2], 1),
         BOX=(*box, block_rows, columns, blocks),
-        BQ=block if kernel == "key" else slots,
-        BK=slots if kernel == "key" else block,
+        BQ=sizes if kernel == "key" else slots,
+        BK=slots if kernel == "key" else sizes,
         BD=dims[0],
         BV=dims[1],
         HAS_RPB=has_rpb,
         SIGN=sign,
-        WIDE=max(*map(reach, layouts), math.prod(lengths) * widest) >= 2**31 - 128,
+        WIDE=max(*map(reach, layouts), batch * math.prod(lengths) * widest) >= 2**31 - 128,
         PRECISION=precision,
     )
     if own == "query":

@@ -101,17 +101,38 @@ def flat(index, lengths):
 
 
 @triton.jit
-def load(p, o, m, DIM: tl.constexpr, SIZE: tl.constexpr):
-    """Rows (., SIZE) of DIM elements each, at the offsets `o`; those not in `m` are zeros, and not read."""
-    o_dim = tl.arange(0, SIZE)
-    return tl.load(p + o[:, None] + o_dim[None, :], mask=m[:, None] & (o_dim < DIM)[None, :], other=0.0)
+def numbered(i, WIDE: tl.constexpr):
+    """The number of an image, in as many bits as its shifts have."""
+    return tl.cast(i, tl.int64 if WIDE else tl.int32)
 
 
 @triton.jit
-def store(p, o, b, m, DIM: tl.constexpr, SIZE: tl.constexpr):
+def pointers(p, o, shift):
+    """Pointers at the offsets `o` in the image that lies `shift` further.
+
+    A shift of 64 bits moves the pointer, for all offsets at once.  One of 32 bits moves the offsets: where they are
+    kept for all images, they then take one register each, not two.
+    """
+    if shift.dtype == tl.int64:
+        p += shift
+    else:
+        o += shift
+    return p + o
+
+
+@triton.jit
+def load(p, o, shift, m, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """Rows (., SIZE) of DIM elements each, at the offsets `o`; those not in `m` are zeros, and not read."""
+    o_dim = tl.arange(0, SIZE)
+    return tl.load(pointers(p, o, shift)[:, None] + o_dim[None, :], mask=m[:, None] & (o_dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def store(p, o, shift, b, m, DIM: tl.constexpr, SIZE: tl.constexpr):
     """The inverse of `load`, for the rows in `m`."""
     o_dim = tl.arange(0, SIZE)
-    tl.store(p + o[:, None] + o_dim[None, :], b.to(p.dtype.element_ty), mask=m[:, None] & (o_dim < DIM)[None, :])
+    m_row = m[:, None] & (o_dim < DIM)[None, :]
+    tl.store(pointers(p, o, shift)[:, None] + o_dim[None, :], b.to(p.dtype.element_ty), mask=m_row)
 
 
 @triton.jit
@@ -242,7 +263,7 @@ def bias(p_rpb, q, k, m, n, scale, WINDOW: tl.constexpr, HAS_RPB: tl.constexpr):
 
 
 @triton.jit
-def key_block(
+def key_parts(
     i_block,
     lo,
     hi,
@@ -259,24 +280,28 @@ def key_block(
     HAS_RPB: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Map indices of the keys in a block, which of them exist, and their `bias` (BQ, BK) for the queries at `q`."""
-    k, m_k = block(tl.arange(0, BK), i_block, lo, hi, BOX)
-    m = m_q[:, None] & m_k[None, :]
-    b = bias(
-        p_rpb,
-        (q[0][:, None], q[1][:, None], q[2][:, None]),
-        (k[0][None, :], k[1][None, :], k[2][None, :]),
-        m,
-        n,
-        scale,
-        WINDOW,
-        HAS_RPB,
-    )
-    return tokens(k, dilation, group, WIDE), m_k, b
+    """Each part of a block: map indices of its keys, which exist, and their `bias` (BQ, .) for the queries at `q`."""
+    parts = ()
+    slot = 0
+    for i_part in tl.static_range(len(BK)):
+        k, m_k = block(slot + tl.arange(0, BK[i_part]), i_block, lo, hi, BOX)
+        slot += BK[i_part]
+        b = bias(
+            p_rpb,
+            (q[0][:, None], q[1][:, None], q[2][:, None]),
+            (k[0][None, :], k[1][None, :], k[2][None, :]),
+            m_q[:, None] & m_k[None, :],
+            n,
+            scale,
+            WINDOW,
+            HAS_RPB,
+        )
+        parts += ((tokens(k, dilation, group, WIDE), m_k, b),)
+    return parts
 
 
 @triton.jit
-def query_block(
+def query_parts(
     i_block,
     lo,
     hi,
@@ -293,17 +318,21 @@ def query_block(
     HAS_RPB: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Map indices of the queries in a block, which of them exist, and their `bias` (BK, BQ) of the keys at `k`."""
-    q, m_q = block(tl.arange(0, BQ), i_block, lo, hi, BOX)
-    m = m_k[:, None] & m_q[None, :]
-    b = bias(
-        p_rpb,
-        (q[0][None, :], q[1][None, :], q[2][None, :]),
-        (k[0][:, None], k[1][:, None], k[2][:, None]),
-        m,
-        n,
-        scale,
-        WINDOW,
-        HAS_RPB,
-    )
-    return tokens(q, dilation, group, WIDE), m_q, b
+    """As `key_parts`, of queries: their `bias` is (BK, .), of the keys at `k`."""
+    parts = ()
+    slot = 0
+    for i_part in tl.static_range(len(BQ)):
+        q, m_q = block(slot + tl.arange(0, BQ[i_part]), i_block, lo, hi, BOX)
+        slot += BQ[i_part]
+        b = bias(
+            p_rpb,
+            (q[0][None, :], q[1][None, :], q[2][None, :]),
+            (k[0][:, None], k[1][:, None], k[2][:, None]),
+            m_k[:, None] & m_q[None, :],
+            n,
+            scale,
+            WINDOW,
+            HAS_RPB,
+        )
+        parts += ((tokens(q, dilation, group, WIDE), m_q, b),)
+    return parts
