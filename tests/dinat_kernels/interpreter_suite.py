@@ -202,6 +202,15 @@ def test_blocks_in_parts(name, plans_of):
     assert {plan.constants["BOX"][-1] for plan in plans} == {1}
 
 
+def test_tiles_are_near_cubes():
+    shape = fused.launch.tile_shape
+    assert shape((1, 56, 56), 16) == (1, 4, 4)
+    assert shape((1, 56, 56), 40) == (1, 5, 8)
+    assert shape((1, 4, 56), 40) == (1, 4, 10)  # no longer than the group
+    assert shape((16, 32, 32), 40) == (2, 4, 4)  # 3x4x4 are too many
+    assert shape((1, 5, 8), 40) == (1, 5, 8)
+
+
 def test_a_box_that_no_block_holds_has_blocks_without_parts():
     shape = fused.launch.block_shape
     assert shape((1, 10, 14), 64, 3) == ((64, 64, 16), (10, 14, 1))

@@ -101,16 +101,22 @@ def recorded(run: Callable[[], object], gpu: Gpu | None = None) -> list[Launch]:
 
 
 def tile_shape(lengths: tuple[int, int, int], limit: int) -> tuple[int, int, int]:
-    """Positions of a tile per axis: whole groups if they fit into `limit`, else a near-cube of powers of two."""
+    """Positions of a tile per axis: whole groups if they fit into `limit`, else a near-cube.
+
+    Its sides are powers of two, but for the shortest where the limit is none.
+    """
     if math.prod(lengths) <= limit:
         return lengths
     tile = [1, 1, 1]
+
+    def shortest() -> int:
+        """The axis to make longer: one that the group is longer on; the last one first, where tokens are neighbors."""
+        return min((a for a in (2, 1, 0) if tile[a] < lengths[a]), key=lambda a: tile[a])
+
     while 2 * math.prod(tile) <= limit:
-        # Double the shortest side that the group is longer than; the last axis first, where tokens are neighbors.
-        open_axes = [a for a in (2, 1, 0) if tile[a] < lengths[a]]
-        if not open_axes:
-            break
-        tile[min(open_axes, key=lambda a: tile[a])] *= 2
+        tile[shortest()] *= 2
+    axis = shortest()
+    tile[axis] = limit * tile[axis] // math.prod(tile)
     return tuple(tile)
 
 
