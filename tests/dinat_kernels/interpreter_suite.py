@@ -214,6 +214,7 @@ def test_tiles_are_near_cubes():
 def test_a_box_that_no_block_holds_has_blocks_without_parts():
     shape = fused.launch.block_shape
     assert shape((1, 10, 14), 64, 3) == ((64, 64, 16), (10, 14, 1))
+    assert shape((1, 11, 14), 128, 2) == ((128, 32), (11, 14, 1))
     assert shape((1, 14, 14), 64, 3) == shape((1, 14, 14), 64) == ((64,), (4, 14, 4))
     assert shape((1, 7, 7), 64, 3) == ((64,), (7, 7, 1))
 
