@@ -121,6 +121,8 @@ def explain(error: Exception) -> str:
     message = str(error).split("\nConfig search path")[0]
     if missing := re.match(r"Could not override '([^']+)'", message):
         key, known = missing[1], known_keys()
+        if inner := re.search(rf"full_key: ({re.escape(key)}\.\S+)", str(error.__cause__)):
+            return f"{inner[1]}: new in {key}. Write ++{key}=... to add it."
         if key in known:
             return f"{key}: not a setting of this command; the other of train.py and eval.py has it."
         return (

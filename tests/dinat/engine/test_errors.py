@@ -263,6 +263,7 @@ def test_evaluation_on_other_classes(evaluation):
         (["+model.kwargs.x={a"], "+model.kwargs.x={a: the value has characters that need quotes. Write"),
         (["batch_size"], "missing EQUAL"),  # Hydra's own words, where quotes are not what lacks
         (["test.flip=true"], "test.flip: not a setting of this command; the other of train.py and eval.py has it."),
+        (["optimizer.lr_scale={head: 2}"], "optimizer.lr_scale.head: new in optimizer.lr_scale. Write ++"),
         (["dir=/dev/null/run"], "/dev/null/run: Not a directory."),
     ],
 )
