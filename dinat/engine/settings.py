@@ -47,6 +47,8 @@ SIDES = several(whole(1).holds, "a list of sides")
 SIZE = Kind("pixels, or a list of the sides", lambda value: whole(1).holds(value) or SIDES.holds(value))
 WEIGHTS = Kind("true, false, or the name of a model", lambda value: isinstance(value, bool | str))
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
+NAMES = several(lambda value: isinstance(value, str), "a list of names, such as [rpb]")
+MILESTONES = several(whole(1).holds, "a list of epochs")
 STEPS = several(lambda value: True, "a list of steps, or a mapping of arguments")
 SECTION = Kind("a mapping, such as {name: value}", lambda value: False)  # `_given` passes mappings over
 TEXT = Kind("a text; what looks like a number takes quotes within quotes", lambda value: isinstance(value, str))
@@ -78,6 +80,8 @@ KINDS = {
     SIZE: "data.img_size?",
     WEIGHTS: "model.pretrained",
     NUMBERS: "data.mean? data.std?",
+    NAMES: "optimizer.no_decay?",
+    MILESTONES: "scheduler.decay_milestones",
     SECTION: "model.kwargs? data.kwargs? optimizer.kwargs? optimizer.lr_scale? augment.erasing? augment.mixup?",
     STEPS: "augment.transform? data.eval_transform?",
 }

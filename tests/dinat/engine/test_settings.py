@@ -64,6 +64,8 @@ def test_every_switch_and_number_is_checked(config):
         ("data.interpolation", "cubic", "data.interpolation=cubic: no such choice. Known: nearest, bilinear, bicubic"),
         ("data.img_size", 0, "data.img_size=0: must be pixels, or a list of the sides."),
         ("data.img_size", "abc", "data.img_size=abc: must be pixels"),
+        ("optimizer.no_decay", "rpb", "optimizer.no_decay=rpb: must be a list of names, such as [rpb]."),
+        ("scheduler.decay_milestones", ["a"], "scheduler.decay_milestones=['a']: must be a list of epochs."),
         ("data.mean", 0.5, "data.mean=0.5: must be a list with a number for each channel."),
         ("data.root", 2024, "data.root=2024: must be a text; what looks like a number takes quotes within quotes."),
         ("data.train_split", None, "data.train_split=None: must be a text"),
