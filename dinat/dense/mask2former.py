@@ -163,6 +163,7 @@ class Universal(DenseModel):
 
 
 def distributed() -> bool:
+    """Whether this is one of several processes that train a model together."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -213,6 +214,7 @@ class Gather(torch.autograd.Function):
 
 
 def gather(rows: Tensor) -> Tensor:
+    """(rows, width) of this process, to those of all (processes * rows, width), by rank."""
     return Gather.apply(rows) if distributed() else rows
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Neighborhood, group_length, seeing_range, visible_range
-from ..layout import Backward, Call, Forward, Layout, layout_of, unpacking
+from ..layout import Backward, Call, Forward, Layout, unpacking
 from .backward import key_kernel, query_kernel
 from .configs import Extent, ProblemClass, choose, next_power_of_two
 from .forward import forward_kernel
@@ -366,8 +366,8 @@ def prepare_backward(call: Call, grad_out: Layout, has_grad_lse: bool, grads: Se
     program.  Deterministic: no atomics, and all sums have a fixed order.
     """
     inputs = (*call[:3], grad_out)
-    in_place = all(map(_is_readable, inputs))
-    layouts = [x if _is_readable(x) else x.contiguous() for x in inputs]
+    in_place = list(map(_is_readable, inputs))
+    layouts = [x if readable else x.contiguous() for x, readable in zip(inputs, in_place, strict=True)]
     dtype, has_rpb, scale = call.query.dtype, call.rpb is not None, call.scale
     problem = _problem(layouts, has_rpb, call.window, scale)
     rows = tuple(x.stride[-3] for x in grads)
@@ -383,10 +383,8 @@ def prepare_backward(call: Call, grad_out: Layout, has_grad_lse: bool, grads: Se
         lse: Tensor,
         grads: Sequence[Tensor],
     ) -> Tensor | None:
-        if not in_place:
-            query, key, value, grad_out = (
-                x if _is_readable(layout_of(x)) else x.contiguous() for x in (query, key, value, grad_out)
-            )
+        tensors = zip((query, key, value, grad_out), in_place, strict=True)
+        query, key, value, grad_out = (x if readable else x.contiguous() for x, readable in tensors)
         out, lse = out.contiguous(), lse.contiguous()
         delta = torch.empty_like(lse)
         grad_lse = delta if grad_lse is None else grad_lse.contiguous()  # the former is not read
@@ -400,7 +398,7 @@ def prepare_backward(call: Call, grad_out: Layout, has_grad_lse: bool, grads: Se
             parts = delta
             if of_queries.constants["GRAD_RPB"]:
                 shape = of_queries.grid[0] // rpb.shape[0], *rpb.shape
-                parts = lse.new_empty(shape) if plan.complete else lse.new_zeros(shape)
+                parts = lse.new_empty(shape) if of_queries.complete else lse.new_zeros(shape)
             _launch(of_queries, (*inputs, out, lse, grad_lse, delta, *grads, parts), scale)
             if parts is not delta:
                 grad_rpb = parts.sum(0).to(rpb.dtype)
