@@ -44,7 +44,7 @@ from dinat_kernels.geometry import make_neighborhood
 from dinat_kernels.impl.fused.configs import Config, shipped, user_configs
 from dinat_kernels.impl.fused.launch import Gpu, Launch, forget_plans
 from dinat_kernels.impl.fused.positions import SIZES
-from dinat_kernels.tune import Layer, candidates, class_of, launches
+from dinat_kernels.tune import candidates, class_of, launches, layers
 from problems import DEVICES, MODELS, Problem, floor
 from triton.backends.compiler import GPUTarget
 
@@ -156,13 +156,13 @@ def cases_to_warm(arch: str) -> list[Case]:
             found.append(
                 Case(name, lengths, window, heads, head_dim, dtype, batch=2, kv_heads=kv_heads, value_dim=value_dim)
             )
-    for dilation in (8, 1):
-        layer = Layer(56, 7, dilation)
+    for layer in layers():
         gpu = ARCHITECTURES[arch].gpu
         for problem in dict.fromkeys(class_of(x, gpu) for x in layer.launches(BATCH, "meta", gpu)):
             for config in candidates(shipped(problem)):
-                window = dict(kernel_size=7, dilation=dilation)
-                found.append(Case("tuning", (56, 56), window, layer.heads, config=(str(problem), config)))
+                window = dict(kernel_size=layer.kernel_size, dilation=layer.dilation)
+                size = (layer.side, layer.side)
+                found.append(Case("tuning", size, window, layer.heads, config=(str(problem), config)))
     return found
 
 

@@ -6,7 +6,8 @@
 
 Needs PyTorch, Triton and a C compiler; pytest, timm, compute-sanitizer and ncu where they are.  Phases run one after
 the other, each in a process of its own with a time limit: one that crashes, hangs or lacks something is named, and the
-next begins.  A GPU that is not there ends the report, and so do tests that fail: wrong kernels are not worth a time.
+next begins.  A GPU that is not there ends the report, and so do tests that fail (but for --keep-going): wrong kernels
+are not worth a time.
 
 Files: report.jsonl has a line for everything that was found out, at the time it was; kernels.csv, tuning.csv,
 operator.csv and models.csv are as in results/; log.txt is what everything printed; summary.txt says what follows.
@@ -59,6 +60,7 @@ class Report(NamedTuple):
 
     out: Path
     dry: bool
+    keep_going: bool = False  # though tests fail
 
     @property
     def device(self) -> str:
@@ -135,7 +137,7 @@ def tests(report: Report, seconds: float) -> None:
     report.note("tests", status=status, **found)
     if not found["passed"] + found["failed"] + found["skipped"]:
         report.note("tests", problem=output[-300:])
-    if found["failed"]:
+    if found["failed"] and not report.keep_going:
         report.note("tests", stop=f"{found['failed']} tests failed")
 
 
@@ -189,6 +191,12 @@ def kernels(report: Report, seconds: float) -> None:
         kernel_speed.measure(p, batch, report.device, report.out / "kernels.csv", samples)
 
 
+def host(report: Report, seconds: float) -> None:
+    import host_overhead
+
+    report.note("host", **host_overhead.measure(report.device, 2 if report.dry else 200))
+
+
 def counters(report: Report, seconds: float) -> None:
     tool = shutil.which("ncu")
     if tool is None:
@@ -236,7 +244,7 @@ def tuning(report: Report, seconds: float) -> None:
     from dinat_kernels import tune
 
     known = harness.facts(report.device)
-    layers = [tune.Layer(3, 3, 1, 1, 8, torch.float32)] if report.dry else [tune.Layer(56, 7, d) for d in (1, 8)]
+    layers = [tune.Layer(3, 3, 1, 1, 8, torch.float32)] if report.dry else tune.layers()
     timer = (lambda launch: harness.alone(launch, "cpu", 1)) if report.dry else tune.on_gpu
     for layer in layers:
         for tried in tune.trials(layer, 1 if report.dry else BATCH, report.device, timer):
@@ -274,12 +282,14 @@ def models(report: Report, seconds: float) -> None:
     import model_speed
 
     common = ["--device", report.device, "--output", str(report.out / "models.csv"), "--no-memory", "--rounds", "7"]
-    jobs = [("eager", MODELS), ("compiled", ["swin_tiny_patch4_window7_224", "dinat_s_tiny"])]
+    few = ["swin_tiny_patch4_window7_224", "dinat_s_tiny"]
+    jobs = [("eager", "inference", MODELS), ("eager", "training", MODELS)]
+    jobs += [("compiled", "inference", few), ("compiled", "training", few)]  # what takes long comes last
     size = ["--batch", str(BATCH)]
     if report.dry:
-        jobs, size = [("eager", ["dinat_pico"])], ["--batch", "1", "--sizes", "32"]
-    for mode, names in jobs:
-        model_speed.main([*common, *size, "--seconds", "0", "--modes", mode, "--models", *names])
+        jobs, size = [("eager", "inference", ["dinat_pico"])], ["--batch", "1", "--sizes", "32"]
+    for mode, of_pass, names in jobs:
+        model_speed.main([*common, *size, "--seconds", "0", "--modes", mode, "--passes", of_pass, "--models", *names])
 
 
 def run(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> tuple[str, str]:
@@ -312,6 +322,7 @@ PHASES = [
     Phase(tests, 65),
     Phase(sanitizer, 30),
     Phase(kernels, 25),
+    Phase(host, 10),
     Phase(counters, 35),
     Phase(tuning, 70),
     Phase(operator, 60),
@@ -443,6 +454,9 @@ def summary(report: Report) -> str:
     memcheck, racecheck = (get("sanitizer", name, "not run") for name in ("memcheck", "racecheck"))
     lines.append(f"sanitizer: memcheck {memcheck}, racecheck {racecheck}")
     lines += kernel_lines(report, rates) + tuning_lines(report) + ratio_lines(report)
+    if get("host", "inference"):
+        names = ("inference", "both passes", "PyTorch, both passes")
+        lines.append("host: " + ", ".join(f"{name} {get('host', name):.0f} us" for name in names))
     for phase in PHASES:
         name = phase.run.__name__
         why = get(name, "skipped") or get(name, "problem", "")
@@ -545,6 +559,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="a new folder")
+    parser.add_argument("--keep-going", action="store_true", help="measure although tests fail")
     parser.add_argument("--dry", action="store_true", help="every phase at a tiny size on the CPU")
     parser.add_argument("--merge", type=Path, metavar="REPORT", help="append its rows to benchmarks/results/")
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)  # what compute-sanitizer runs
@@ -564,7 +579,7 @@ def main(arguments: list[str] | None = None) -> None:
         importlib.import_module("torch")
         importlib.import_module("dinat_kernels.tune")
         importlib.import_module("dinat_kernels.impl.fused")
-    make(Report(args.out.absolute(), args.dry), args.minutes)
+    make(Report(args.out.absolute(), args.dry, args.keep_going), args.minutes)
 
 
 if __name__ == "__main__":

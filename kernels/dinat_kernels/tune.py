@@ -54,6 +54,12 @@ class Layer(NamedTuple):
         return launches(*packed, rpb, d_out, make_neighborhood(2, self.kernel_size, self.dilation), gpu)
 
 
+def layers(kernel_size: int = 7, head_dim: int = 32, dtype: torch.dtype = torch.bfloat16) -> list[Layer]:
+    """One layer of a kind: dense groups, windows in a map of eight, and in one of two, on every axis."""
+    kinds = ((8, 8, 2), (8, 1, 2), (2, 1, 8))
+    return [Layer(windows * kernel_size, kernel_size, d, heads, head_dim, dtype) for windows, d, heads in kinds]
+
+
 def launches(
     query: Tensor,
     key: Tensor,
@@ -183,8 +189,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     from .impl.fused.configs import cache_file
 
-    for dtype, head_dim, k, dilation in itertools.product(args.dtype, args.head_dim, args.kernel_size, (8, 1)):
-        layer = Layer(8 * k, k, dilation, head_dim=head_dim, dtype=DTYPES[dtype])
+    kinds = itertools.product(args.kernel_size, args.head_dim, [DTYPES[name] for name in args.dtype])
+    for layer in itertools.chain.from_iterable(itertools.starmap(layers, kinds)):
         for tried in trials(layer, args.batch, "cuda", on_gpu):
             best = min(tried, key=lambda trial: trial.seconds)
             if math.isinf(best.seconds):
