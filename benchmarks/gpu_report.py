@@ -61,6 +61,7 @@ class Report(NamedTuple):
     out: Path
     dry: bool
     keep_going: bool = False  # though tests fail
+    skipped: tuple[str, ...] = ()  # phases
 
     @property
     def device(self) -> str:
@@ -271,11 +272,13 @@ def operator(report: Report, seconds: float) -> None:
         "--rounds",
         "7",
     ]
-    jobs = [("layers", batch, ["dense_sdpa"])]
-    if not report.dry:
-        jobs += [("few", batch, ["flex"]), ("layers", "1", ["dense_sdpa"])]
-    for group, size, peers in jobs:
-        operator_speed.main([*common, "--models", group, "--batch", size, "--kernels", *ours, *peers])
+    both = ["forward", "training"]
+    jobs = [("layers", batch, both, ["dense_sdpa"])]
+    if not report.dry:  # what takes long comes last
+        jobs += [("layers", "1", both, ["dense_sdpa"])] + [("few", batch, [of_pass], ["flex"]) for of_pass in both]
+    for group, size, passes, peers in jobs:
+        what = ["--models", group, "--batch", size, "--passes", *passes, "--kernels", *ours, *peers]
+        operator_speed.main([*common, *what])
 
 
 def models(report: Report, seconds: float) -> None:
@@ -400,6 +403,9 @@ def make(report: Report, minutes: float) -> None:
     with warming(report) as warm:
         for phase in PHASES:
             name = phase.run.__name__
+            if name in report.skipped:
+                report.note(name, ended="skipped", skipped="as asked for")
+                continue
             left = 60 * minutes - (time.monotonic() - started) - 5
             if stop or left < min(5, phase.seconds):
                 report.note(name, ended="skipped", skipped=stop or "no time was left")
@@ -560,6 +566,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="a new folder")
     parser.add_argument("--keep-going", action="store_true", help="measure although tests fail")
+    parser.add_argument("--skip", nargs="*", choices=[phase.run.__name__ for phase in PHASES[1:]], default=[])
     parser.add_argument("--dry", action="store_true", help="every phase at a tiny size on the CPU")
     parser.add_argument("--merge", type=Path, metavar="REPORT", help="append its rows to benchmarks/results/")
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)  # what compute-sanitizer runs
@@ -579,7 +586,7 @@ def main(arguments: list[str] | None = None) -> None:
         importlib.import_module("torch")
         importlib.import_module("dinat_kernels.tune")
         importlib.import_module("dinat_kernels.impl.fused")
-    make(Report(args.out.absolute(), args.dry, args.keep_going), args.minutes)
+    make(Report(args.out.absolute(), args.dry, args.keep_going, tuple(args.skip)), args.minutes)
 
 
 if __name__ == "__main__":

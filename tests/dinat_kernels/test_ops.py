@@ -279,7 +279,7 @@ def test_second_derivative_is_refused():
 
 def test_the_choice_of_a_backend(monkeypatch):
     """By what is known of CUDA tensors, of which there need not be any."""
-    monkeypatch.setattr(impl, "_triton_installed", lambda: True)
+    monkeypatch.setattr(impl, "_TRITON_INSTALLED", True)
 
     def chosen(dtype=torch.float16, device="cuda", head_dim=128, value_dim=128):
         shapes = ((1, 8, 1, dim) for dim in (head_dim, value_dim))

@@ -45,14 +45,20 @@ def make(name: str, dtype: torch.dtype, batch: int = 2) -> tuple[list[torch.Tens
 def eager(q, k, v, rpb, window):
     """The definition in the dtype of the inputs: logits, weights and output are all rounded."""
     dtype, size = q.dtype, q.shape[1:-2]
-    # Visibility and bias as the reference's own logits: one query and key channel that is zero.
-    zero = torch.zeros_like(q[:1, ..., :1]).double()
-    tokens = torch.eye(size.numel(), device=q.device, dtype=torch.float64).view(1, *size, 1, -1)
-    tokens = tokens.expand(*zero.shape[:-1], -1)
-    table = None if rpb is None else rpb.double()
+    # Visible pairs and their entries of the table, from the reference: logits are then the numbers of the entries.
+    zero = q.new_zeros(1, *size, 1, 1, dtype=torch.float64)
+    tokens = torch.eye(size.numel(), dtype=torch.float64, device=q.device).view(1, *size, 1, -1)
+    numbers = None
+    if rpb is not None:
+        numbers = torch.arange(rpb[0].numel()).to(zero).view(1, *rpb.shape[1:]) / 2  # so that nothing underflows
     attend = NA[len(size)]
-    probability, lse = attend(zero, zero, tokens, **window, rpb=table, return_lse=True, backend="reference")
-    bias = (probability.log() + lse[..., None]).flatten(1, -3)[0].transpose(0, 1)  # (heads, queries, keys)
+    probability, lse = attend(zero, zero, tokens, **window, rpb=numbers, return_lse=True, backend="reference")
+    probability, lse = probability.view(size.numel(), -1), lse.view(-1, 1)  # (queries, keys)
+    hidden = probability == 0
+    bias = torch.zeros_like(probability)
+    if rpb is not None:
+        bias = rpb.flatten(1)[:, (2 * (probability.log() + lse)).masked_fill(hidden, 0).round().long()]
+    bias = bias.masked_fill(hidden, -torch.inf)
     q, k, v = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     logits = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5 + bias.to(dtype)

@@ -27,9 +27,8 @@ _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TRITON_MAX_DIM = 128
 
 
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Known before any call: Dynamo traces calls, and cannot trace this.
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def _interpreting() -> bool:
@@ -49,7 +48,7 @@ def unavailable(backend: str, device: torch.device | None = None) -> str | None:
     """Why `backend` cannot run (on tensors of `device`, if given), or None if it can."""
     if backend != "triton":
         return None
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         return "the package triton is not installed"
     if _interpreting() and uninterpretable():
         return uninterpretable()

@@ -25,6 +25,14 @@ def within(x, n):
     return x.to(tl.uint32) < n
 
 
+@triton.jit
+def weights(b_logit, b_lse, scale, DTYPE: tl.constexpr):
+    """exp(logit - lse) of logits in units of `scale`; for float32 inputs the difference, which is small, comes first."""
+    if DTYPE == tl.float32:
+        return tl.exp2((b_logit * scale - b_lse) * LOG2E)
+    return tl.exp2(b_logit * (scale * LOG2E) - b_lse * LOG2E)
+
+
 @triton.jit(do_not_specialize=at.SIZES)
 def query_kernel(
     p_q,  # (batch, L_d, L_h, L_w, heads, head_dim), strides in elements below, the last one 1
@@ -89,6 +97,7 @@ def query_kernel(
     HAS_RPB: tl.constexpr,
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
     WIDE: tl.constexpr,  # offsets need 64 bits
+    PACKED: tl.constexpr,  # query, key and value have the same strides
     PRECISION: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     GRAD_QUERY: tl.constexpr,
@@ -100,6 +109,9 @@ def query_kernel(
     The gradient of the table is summed over the images pair by pair, and only then sorted into the table's entries,
     which takes all pairs of a tile in one block; else a launch of its own has one program for each block.
     """
+    if PACKED:  # offsets of the same tokens are then the same, and take registers once
+        k_batch, k_d, k_h, k_w = q_batch, q_d, q_h, q_w
+        v_batch, v_d, v_h, v_w = q_batch, q_d, q_h, q_w
     BLOCKS: tl.constexpr = BOX[5]
     lengths, dilation, tiles = (L_d, L_h, L_w), (dilation_d, dilation_h, dilation_w), (tiles_d, tiles_h, tiles_w)
     i = tl.program_id(0)
@@ -147,7 +159,7 @@ def query_kernel(
         i_out = i_token * heads
         b_q = at.signed(at.load(p_q, o_q, i_batch * q_batch, m_q, HEAD_DIM, BD), SIGN)  # (BQ, BD)
         b_do = at.load(p_do, o_do, i_batch * do_batch, m_q, VALUE_DIM, BV)  # (BQ, BV)
-        b_lse = tl.load(at.pointers(p_lse, o_out, i_out)) * LOG2E
+        b_lse = tl.load(at.pointers(p_lse, o_out, i_out))
         if GRAD_QUERY:
             b_out = at.load(p_out, o_out * VALUE_DIM, i_out * VALUE_DIM, m_q, VALUE_DIM, BV)
             b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
@@ -169,8 +181,8 @@ def query_kernel(
                 o_k, o_v = at.offsets(k_index, (k_d, k_h, k_w)), at.offsets(k_index, (v_d, v_h, v_w))
                 b_k = at.load(p_k, o_k, i_batch * k_batch, m_k, HEAD_DIM, BD)  # (BK, BD)
                 b_v = at.load(p_v, o_v, i_batch * v_batch, m_k, VALUE_DIM, BV)  # (BK, BV)
-                b_logit = tl.dot(b_q, tl.trans(b_k), b_bias, input_precision=PRECISION)  # (BQ, BK), in units of scale
-                b_weight = tl.exp2(b_logit * (scale * LOG2E) - b_lse[:, None])
+                b_logit = at.logits(b_q, b_k, b_bias, scale, PRECISION)  # (BQ, BK)
+                b_weight = weights(b_logit, b_lse[:, None], scale, b_q.dtype)
                 if WHOLE:
                     o_key = at.flat(k_index, lengths)
                     b_dv = tl.dot(tl.trans(b_weight.to(b_do.dtype)), b_do, input_precision=PRECISION)  # (BK, BV)
@@ -285,12 +297,16 @@ def key_kernel(
     HAS_RPB: tl.constexpr,
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
     WIDE: tl.constexpr,  # offsets need 64 bits
+    PACKED: tl.constexpr,  # query, key and value have the same strides
     PRECISION: tl.constexpr,
 ):
     """One program: the keys of one tile of one dilation group, of one key head, in some images.
 
     It walks the queries whose windows hold any of its keys, those of all heads that share the key head.
     """
+    if PACKED:  # offsets of the same tokens are then the same, and take registers once
+        k_batch, k_d, k_h, k_w = q_batch, q_d, q_h, q_w
+        v_batch, v_d, v_h, v_w = q_batch, q_d, q_h, q_w
     BLOCKS: tl.constexpr = BOX[5]
     lengths, dilation, tiles = (L_d, L_h, L_w), (dilation_d, dilation_h, dilation_w), (tiles_d, tiles_h, tiles_w)
     kv_heads = heads // GROUP
@@ -336,10 +352,10 @@ def key_kernel(
                 b_q = at.load(p_q + i_head * q_head, o_q, i_batch * q_batch, m_q, HEAD_DIM, BD)  # (BQ, BD)
                 b_do = at.load(p_do + i_head * do_head, o_do, i_batch * do_batch, m_q, VALUE_DIM, BV)  # (BQ, BV)
                 i_out, o_out = i_token * heads, at.flat(q_index, lengths) * heads
-                b_lse = tl.load(at.pointers(p_lse + i_head, o_out, i_out)) * LOG2E
+                b_lse = tl.load(at.pointers(p_lse + i_head, o_out, i_out))
                 b_delta = tl.load(at.pointers(p_delta + i_head, o_out, i_out))
-                b_logit = tl.dot(b_k, tl.trans(b_q), b_bias, input_precision=PRECISION)  # (BK, BQ), in units of scale
-                b_weight = tl.exp2(b_logit * (scale * LOG2E) - b_lse[None, :])
+                b_logit = at.logits(b_k, b_q, b_bias, scale, PRECISION)  # (BK, BQ)
+                b_weight = weights(b_logit, b_lse[None, :], scale, b_k.dtype)
                 b_dlogit = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
                 b_dlogit = b_weight * (b_dlogit - b_delta[None, :])
                 b_dv = tl.dot(b_weight.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)

@@ -59,6 +59,7 @@ def forward_kernel(
     HAS_RPB: tl.constexpr,
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
     WIDE: tl.constexpr,  # offsets need 64 bits
+    PACKED: tl.constexpr,  # query, key and value have the same strides
     PRECISION: tl.constexpr,
 ):
     """One program: the queries of one tile of one dilation group, of one head, in some images.
@@ -67,6 +68,9 @@ def forward_kernel(
     block holds the box, its geometry, mask and bias are worked out once for all images.  Programs that follow each
     other are the heads of a token, which lie side by side in memory.
     """
+    if PACKED:  # offsets of the same tokens are then the same, and take registers once
+        k_batch, k_d, k_h, k_w = q_batch, q_d, q_h, q_w
+        v_batch, v_d, v_h, v_w = q_batch, q_d, q_h, q_w
     BLOCKS: tl.constexpr = BOX[5]
     lengths, dilation, tiles = (L_d, L_h, L_w), (dilation_d, dilation_h, dilation_w), (tiles_d, tiles_h, tiles_w)
     i = tl.program_id(0)
@@ -109,9 +113,12 @@ def forward_kernel(
                 o_k, o_v = at.offsets(k_index, (k_d, k_h, k_w)), at.offsets(k_index, (v_d, v_h, v_w))
                 b_k = at.load(p_k, o_k, i_batch * k_batch, m_k, HEAD_DIM, BD)  # (BK, BD)
                 b_v = at.load(p_v, o_v, i_batch * v_batch, m_k, VALUE_DIM, BV)  # (BK, BV)
-                b_logit = tl.dot(b_q, tl.trans(b_k), b_bias, input_precision=PRECISION)  # (BQ, BK)
+                b_logit = at.logits(b_q, b_k, b_bias, scale, PRECISION)  # (BQ, BK)
                 b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-                b_weight = tl.exp2(b_logit * scale_log2 - (b_new_max * scale_log2)[:, None])  # (BQ, BK)
+                if b_q.dtype == tl.float32:  # the difference first: its rounding errors are small where weights are not
+                    b_weight = tl.exp2((b_logit - b_new_max[:, None]) * scale * LOG2E)  # (BQ, BK)
+                else:
+                    b_weight = tl.exp2(b_logit * scale_log2 - (b_new_max * scale_log2)[:, None])
                 if BLOCKS > 1 or i_part > 0:
                     b_decay = tl.exp2((b_max - b_new_max) * scale_log2)
                     b_sum *= b_decay
@@ -119,6 +126,6 @@ def forward_kernel(
                 b_sum += tl.sum(b_weight, 1)
                 b_out = tl.dot(b_weight.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
                 b_max = b_new_max
-        tl.store(at.pointers(p_lse, o_out, i_out), b_max * scale + tl.log2(b_sum) / LOG2E, mask=m_q)
+        tl.store(at.pointers(p_lse, o_out, i_out), b_max * scale + tl.log(b_sum), mask=m_q)
         b_out = b_out * (1 / b_sum)[:, None]
         at.store(p_out, o_out * VALUE_DIM, i_out * VALUE_DIM, b_out, m_q, VALUE_DIM, BV)

@@ -251,6 +251,7 @@ def make_plan(
         HAS_RPB=has_rpb,
         SIGN=sign,
         WIDE=max(*map(reach, layouts), batch * math.prod(lengths) * widest) >= 2**31 - 128,
+        PACKED=len(set(map(strides, layouts[:3]))) == 1,
         PRECISION=precision,
     )
     if own == "query":
@@ -300,7 +301,8 @@ def _launch(plan: Plan, tensors: tuple[Tensor, ...], scale: float) -> None:
     # Triton compiles for the alignment and dtype of pointers; the dtype of the bias table is not in the plan.
     variant = (device, tensors[3].dtype, *[x.data_ptr() % 16 for x in tensors])
     compiled = plan.compiled.get(variant)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         if compiled is None:
             plan.compiled[variant] = plan.kernel[plan.grid](*arguments, **plan.options)
         else:  # what Triton's own dispatch would find, in half of the time

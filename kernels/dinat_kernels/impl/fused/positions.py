@@ -263,6 +263,16 @@ def bias(p_rpb, q, k, m, n, scale, WINDOW: tl.constexpr, HAS_RPB: tl.constexpr):
 
 
 @triton.jit
+def logits(a, b, b_bias, scale, PRECISION: tl.constexpr):
+    """Products of rows of queries and keys plus their `bias`, in units of `scale`."""
+    if a.dtype != tl.float32:
+        return tl.dot(a, tl.trans(b), b_bias, input_precision=PRECISION)
+    # Sums that begin with a bias lose digits of every product.  A constant zero would be replaced by the bias again.
+    zero = tl.zeros_like(b_bias) + tl.minimum(scale, 0.0)
+    return tl.dot(a, tl.trans(b), zero, input_precision=PRECISION) + b_bias
+
+
+@triton.jit
 def key_parts(
     i_block,
     lo,
