@@ -41,7 +41,7 @@ import paper
 import torch
 import triton
 from dinat_kernels.geometry import make_neighborhood
-from dinat_kernels.impl.fused.configs import Config, shipped, user_configs
+from dinat_kernels.impl.fused.configs import Config, user_configs
 from dinat_kernels.impl.fused.launch import Gpu, Launch, forget_plans
 from dinat_kernels.impl.fused.positions import SIZES
 from dinat_kernels.tune import candidates, class_of, launches, layers
@@ -159,7 +159,7 @@ def cases_to_warm(arch: str) -> list[Case]:
     for layer in layers():
         gpu = ARCHITECTURES[arch].gpu
         for problem in dict.fromkeys(class_of(x, gpu) for x in layer.launches(BATCH, "meta", gpu)):
-            for config in candidates(shipped(problem)):
+            for config in candidates(problem):
                 window = dict(kernel_size=layer.kernel_size, dilation=layer.dilation)
                 size = (layer.side, layer.side)
                 found.append(Case("tuning", size, window, layer.heads, config=(str(problem), config)))

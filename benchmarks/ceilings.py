@@ -73,7 +73,7 @@ def measure(device: str, sizes: Sizes, samples: int = 5) -> dict[str, float]:
 
     done = 1024 * sizes.programs * sizes.exponentials
     return dict(
-        # By a kernel: copies by the driver, in a graph, reach three quarters of it.
+        # By a kernel: a copy by the driver, in a graph, reached 2.7 TB/s of an H200's 4.3.
         copy=2 * sizes.copied / alone(lambda: torch.neg(source, out=target), device, samples),
         l2_plain=reading(False),
         l2_async=reading(True),

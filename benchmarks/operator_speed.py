@@ -124,7 +124,7 @@ def dense_bias(p: Problem, q: Tensor, rpb: Tensor) -> Callable[[], Tensor]:
 
     def bias() -> Tensor:
         bias = rpb[:, entry[:, None, :, None], entry[None, :, None, :]]
-        return torch.where(mask, bias, float("-inf")).flatten(3, 4).flatten(1, 2)[None]
+        return torch.where(mask, bias, float("-inf")).flatten(3, 4).flatten(1, 2)[None].to(q.dtype)
 
     if rpb.requires_grad:
         return bias

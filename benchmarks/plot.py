@@ -1,14 +1,15 @@
 """Draw docs/images/*.png from the rows of benchmarks/results/ alone: the last one of each kind, of one machine.
 
-    PYTHONPATH=.:kernels python benchmarks/plot.py                          # the machine of the last row
-    PYTHONPATH=.:kernels python benchmarks/plot.py --device "NVIDIA H100"   # or another: any part of its name
+    PYTHONPATH=.:kernels python benchmarks/plot.py                        # the CPU and the GPU that have the last rows
+    PYTHONPATH=.:kernels python benchmarks/plot.py --gpu "NVIDIA H100"    # or another: any part of its name
 
 The pictures carry a digest of their rows.
 
 paper.png: what aot.csv estimates of the kernels, for the layers of DiNAT-Tiny; no measurement.
-scale.png: time per token against the size of the map, of the operator and of a whole model.
-layers.png: speed-up of the operator over its peers, for each layer of DiNAT-Tiny.
-throughput.png: measured throughput against the accuracy that each model's authors published.
+kernels.png: what a GPU took for them, and their floor.
+scale.png: time per token against the size of the map, of the operator and of a whole model, on the CPU.
+layers.png, layers_gpu.png: speed-up of the operator over its peers, for each layer of DiNAT-Tiny.
+throughput.png: throughput, on the CPU, against the accuracy that each model's authors published.
 """
 
 from __future__ import annotations
@@ -169,8 +170,43 @@ def draw_paper(aot: list[Row]) -> Figure:
     axes[0].set_ylabel("µs, batch 128, bf16")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle(
-        "An estimate from compiled code for an H200; nothing here was measured. Numbers: floor / estimate.", fontsize=10
+        "An estimate from compiled code for an H200; only the rate of L2 was measured. Numbers: floor / estimate.", fontsize=10
     )
+    return figure
+
+
+PASSES = {"forward": (("forward", BLUE),), "backward": (("query", BLUE), ("rpb", "#56b4e9"), ("key", "#e69f00"))}
+
+
+def draw_kernels(kernels: list[Row]) -> Figure:
+    """Bars: what the kernels of a layer took, each alone; dotted lines: the floor; dashed lines: the estimate."""
+    problems = [p for p in MODELS["dinat_tiny"] if any(row["name"] == p.name for row in kernels)]
+    found = last(kernels, "name", "kernel")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    for axis, (mode, parts) in zip(axes, PASSES.items(), strict=True):
+        for x, p in enumerate(problems):
+            total, rows = 0.0, []
+            for kernel, color in parts:
+                if row := found.get((p.name, kernel)):
+                    axis.bar(x, float(row["us"]), 0.6, bottom=total, color=color)
+                    total += float(row["us"])
+                    rows.append(row)
+            ratio, estimate = float(rows[0]["floor_ratio"]), sum(float(row["time_us"]) for row in rows)
+            axis.hlines(ratio * total, x - 0.42, x + 0.42, color="black", linestyle=":")
+            axis.hlines(estimate, x - 0.42, x + 0.42, color="black", linestyle="--", linewidth=1)
+            axis.text(x, total, f"{ratio:.2f}", ha="center", va="bottom", fontsize=8)
+        axis.set_xticks(range(len(problems)), [f"{p.side} x {p.side}\nd = {p.dilation}" for p in problems])
+        axis.set_title(f"{mode} pass", fontsize=10)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("µs, batch 128")
+    labels = {"forward, query": BLUE, "key": "#e69f00"}
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=label) for label, color in labels.items()]
+    handles += [
+        plt.Line2D([], [], color="black", linestyle=":", label="floor"),
+        plt.Line2D([], [], color="black", linestyle="--", label="estimate"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(f"Kernels of DiNAT-Tiny: {machine(kernels[-1])}. Numbers: floor / measured.", fontsize=10)
     return figure
 
 
@@ -204,16 +240,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images")
-    parser.add_argument("--device", help="part of its name; default: that of the last row of operator.csv")
+    for kind in ("cpu", "gpu"):
+        parser.add_argument(f"--{kind}", help="part of its name; default: that of the last row of operator.csv")
     args = parser.parse_args(arguments)
-    tables = {name: read(args.results / f"{name}.csv") for name in ("operator", "models", "scale")}
-    device = args.device or tables["operator"][-1]["device"]
-    operator, models, scale = ([row for row in rows if device in row["device"]] for rows in tables.values())
+    tables = {name: read(args.results / f"{name}.csv") for name in ("operator", "models", "scale", "kernels")}
+
+    def of(name: str, device: str | None, gpu: bool) -> list[Row]:
+        """Rows of one machine; only a GPU has a driver."""
+        device = device or next(row["device"] for row in reversed(tables["operator"]) if bool(row["driver"]) == gpu)
+        return [row for row in tables[name] if device in row["device"]]
+
+    operator, models, scale = (of(name, args.cpu, gpu=False) for name in ("operator", "models", "scale"))
+    operator_gpu, kernels = (of(name, args.gpu, gpu=True) for name in ("operator", "kernels"))
     aot = [row for row in read(args.results / "aot.csv") if row["arch"] == "sm_90" and row["time_us"]]
     args.output.mkdir(parents=True, exist_ok=True)
     for name, draw, *rows in (
         ("scale", draw_scale, operator, scale),
         ("layers", draw_layers, operator),
+        ("layers_gpu", draw_layers, operator_gpu),
+        ("kernels", draw_kernels, kernels),
         ("throughput", draw_throughput, models),
         ("paper", draw_paper, aot),
     ):

@@ -61,10 +61,10 @@ class Device(NamedTuple):
         return 4 * self.processors * self.clock
 
 
-# Dense bf16 rates and memory bandwidth of the vendors' data sheets (bandwidth: 90 % of it, what a copy reaches).  The
-# rates of L2 caches are not published: 6.5 TB/s is assumed for Hopper, and as many bytes per clock and multiprocessor
-# for the others, until benchmarks/gpu_report.py has measured them.
-_L2 = 6.5e12 / (132 * 1.83e9)
+# Dense bf16 rates and memory bandwidth of the vendors' data sheets (bandwidth: 90 % of it, what a copy reaches: 4.26
+# TB/s on an H200).  The rates of L2 caches are not published: an H200's read 7.5 TB/s by asynchronous copies (8.9 by
+# plain loads; benchmarks/ceilings.py); as many bytes per clock and multiprocessor are assumed for the others.
+_L2 = 7.5e12 / (132 * 1.83e9)
 DEVICES = {
     "A100": Device(0.9 * 2.0e12, 312e12, _L2 * 108 * 1.41e9, 108, 1.41e9),
     "H100": Device(0.9 * 3.35e12, 989e12, _L2 * 132 * 1.83e9, 132, 1.83e9),

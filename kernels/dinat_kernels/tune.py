@@ -2,7 +2,7 @@
 
 Times the Triton kernels, each alone, on layers like those of the published models, and writes the fastest configuration
 of every class of problems to `impl.fused.configs.cache_file()`, one after the other.  From then on they are used
-instead of the shipped ones, of which all candidates are neighbors.  Opt-in: tune once, and give the same file to all
+instead of the shipped ones.  Opt-in: tune once, and give the same file to all
 ranks (DINAT_TUNE_FILE).
 """
 
@@ -93,19 +93,22 @@ def launches(
     return fused.launch.recorded(passes, gpu)
 
 
-def candidates(shipped: Config) -> list[Config]:
-    """The shipped configuration, and those that differ from it in one number by one step."""
+def candidates(problem: ProblemClass) -> list[Config]:
+    """The shipped configuration, those that differ from it in one number by one step, and those of other problems."""
+    from .impl.fused.configs import of_others, shipped
+
+    known = shipped(problem)
 
     def neighbors() -> Iterator[Config]:
         for field, least, most in (("tile", 16, 64), ("block", 16, 256), ("num_warps", 1, 16), ("programs", 1, 16)):
-            for value in (getattr(shipped, field) // 2, 2 * getattr(shipped, field)):
+            for value in (getattr(known, field) // 2, 2 * getattr(known, field)):
                 if least <= value <= most:
-                    yield shipped._replace(**{field: value})
-        for stages in {1, 2, 3} - {shipped.num_stages}:
-            yield shipped._replace(num_stages=stages)
-        yield shipped._replace(parts=4 if shipped.parts == 1 else 1)
+                    yield known._replace(**{field: value})
+        for stages in {1, 2, 3} - {known.num_stages}:
+            yield known._replace(num_stages=stages)
+        yield known._replace(parts=4 if known.parts == 1 else 1)
 
-    return [shipped, *neighbors()]
+    return list(dict.fromkeys([known, *neighbors(), *of_others(problem)]))
 
 
 class Trial(NamedTuple):
@@ -136,12 +139,12 @@ def trials(
         gpu: as in `launches`.
     """
     from .impl.fused import launch
-    from .impl.fused.configs import shipped, user_configs
+    from .impl.fused.configs import user_configs
 
     gpu = gpu or launch.gpu_of(torch.device(device))
     for problem in dict.fromkeys(class_of(x, gpu) for x in layer.launches(batch, device, gpu)):
         tried = []
-        for config in candidates(shipped(problem)):
+        for config in candidates(problem):
             user_configs()[str(problem)] = config
             launch.forget_plans()
             try:

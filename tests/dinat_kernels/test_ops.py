@@ -290,6 +290,17 @@ def test_the_choice_of_a_backend(monkeypatch):
     assert {chosen(torch.float64), chosen(head_dim=129), chosen(value_dim=129)} == {"torch"}
 
 
+def test_dynamo_traces_the_choice_of_a_backend():
+    """As it does for CUDA tensors, of which there need not be any."""
+    cuda = torch.device("cuda")
+
+    def choose(x):
+        return x + 1 if impl.unavailable("triton", cuda) is None else x - 1
+
+    compiled = torch.compile(choose, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(1)), choose(torch.zeros(1)))
+
+
 def test_backends_say_what_runs_and_why_not():
     available = backends()
     assert available["reference"] is available["torch"] is None

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from . import positions as at
-from .positions import LOG2E
 
 # Entries of the bias table that are summed up at a time.
 ENTRIES: tl.constexpr = tl.constexpr(64)
@@ -23,14 +22,6 @@ ENTRIES: tl.constexpr = tl.constexpr(64)
 def within(x, n):
     """0 <= x < n, in one comparison."""
     return x.to(tl.uint32) < n
-
-
-@triton.jit
-def weights(b_logit, b_lse, scale, DTYPE: tl.constexpr):
-    """exp(logit - lse) of logits in units of `scale`; for float32 inputs the difference, which is small, comes first."""
-    if DTYPE == tl.float32:
-        return tl.exp2((b_logit * scale - b_lse) * LOG2E)
-    return tl.exp2(b_logit * (scale * LOG2E) - b_lse * LOG2E)
 
 
 @triton.jit(do_not_specialize=at.SIZES)
@@ -97,7 +88,7 @@ def query_kernel(
     HAS_RPB: tl.constexpr,
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
     WIDE: tl.constexpr,  # offsets need 64 bits
-    PACKED: tl.constexpr,  # query, key and value have the same strides
+    PACKED: tl.constexpr,  # query, key and value have the same strides, and so have their gradients
     PRECISION: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     GRAD_QUERY: tl.constexpr,
@@ -112,6 +103,7 @@ def query_kernel(
     if PACKED:  # offsets of the same tokens are then the same, and take registers once
         k_batch, k_d, k_h, k_w = q_batch, q_d, q_h, q_w
         v_batch, v_d, v_h, v_w = q_batch, q_d, q_h, q_w
+        dk_row, dv_row = dq_row, dq_row
     BLOCKS: tl.constexpr = BOX[5]
     lengths, dilation, tiles = (L_d, L_h, L_w), (dilation_d, dilation_h, dilation_w), (tiles_d, tiles_h, tiles_w)
     i = tl.program_id(0)
@@ -182,21 +174,24 @@ def query_kernel(
                 b_k = at.load(p_k, o_k, i_batch * k_batch, m_k, HEAD_DIM, BD)  # (BK, BD)
                 b_v = at.load(p_v, o_v, i_batch * v_batch, m_k, VALUE_DIM, BV)  # (BK, BV)
                 b_logit = at.logits(b_q, b_k, b_bias, scale, PRECISION)  # (BQ, BK)
-                b_weight = weights(b_logit, b_lse[:, None], scale, b_q.dtype)
-                if WHOLE:
-                    o_key = at.flat(k_index, lengths)
-                    b_dv = tl.dot(tl.trans(b_weight.to(b_do.dtype)), b_do, input_precision=PRECISION)  # (BK, BV)
-                    at.store(p_dv, o_key * dv_row, i_token * dv_row, b_dv, m_k, VALUE_DIM, BV)
+                b_weight = at.weights(b_logit, b_lse[:, None], scale, b_q.dtype)
+                b_p = b_weight.to(b_do.dtype)
                 b_dlogit = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
                 b_dlogit = b_weight * (b_dlogit - b_delta[:, None])
                 if GRAD_RPB:
                     sums += (b_drpb[i_part] + b_dlogit,)
                 b_dlogit = b_dlogit.to(b_k.dtype)
-                if WHOLE:
-                    b_dk = tl.dot(tl.trans(b_dlogit), b_q, input_precision=PRECISION)  # (BK, BD)
-                    at.store(p_dk, o_key * dk_row, i_token * dk_row, b_dk * scale, m_k, HEAD_DIM, BD)
+                # The other products come last: with d_value before, registers spill on GPUs of sm_80.
                 if GRAD_QUERY:
                     b_dq = tl.dot(b_dlogit, b_k, b_dq, input_precision=PRECISION)
+                if WHOLE:
+                    o_key, m_key = o_token, m_q  # the same tokens, and in one part in the same slots
+                    if len(BK) > 1:
+                        o_key, m_key = at.flat(k_index, lengths), m_k
+                    b_dv = tl.dot(tl.trans(b_p), b_do, input_precision=PRECISION)  # (BK, BV)
+                    at.store(p_dv, o_key * dv_row, i_token * dv_row, b_dv, m_key, VALUE_DIM, BV)
+                    b_dk = tl.dot(tl.trans(b_dlogit), b_q, input_precision=PRECISION)  # (BK, BD)
+                    at.store(p_dk, o_key * dk_row, i_token * dk_row, b_dk * scale, m_key, HEAD_DIM, BD)
             if GRAD_RPB:
                 b_drpb = sums
         if GRAD_QUERY:
@@ -297,7 +292,7 @@ def key_kernel(
     HAS_RPB: tl.constexpr,
     SIGN: tl.constexpr,  # of the scale: -1, 0 or 1
     WIDE: tl.constexpr,  # offsets need 64 bits
-    PACKED: tl.constexpr,  # query, key and value have the same strides
+    PACKED: tl.constexpr,  # query, key and value have the same strides, and so have their gradients
     PRECISION: tl.constexpr,
 ):
     """One program: the keys of one tile of one dilation group, of one key head, in some images.
@@ -307,6 +302,7 @@ def key_kernel(
     if PACKED:  # offsets of the same tokens are then the same, and take registers once
         k_batch, k_d, k_h, k_w = q_batch, q_d, q_h, q_w
         v_batch, v_d, v_h, v_w = q_batch, q_d, q_h, q_w
+        dv_row = dk_row
     BLOCKS: tl.constexpr = BOX[5]
     lengths, dilation, tiles = (L_d, L_h, L_w), (dilation_d, dilation_h, dilation_w), (tiles_d, tiles_h, tiles_w)
     kv_heads = heads // GROUP
@@ -355,7 +351,7 @@ def key_kernel(
                 b_lse = tl.load(at.pointers(p_lse + i_head, o_out, i_out))
                 b_delta = tl.load(at.pointers(p_delta + i_head, o_out, i_out))
                 b_logit = at.logits(b_k, b_q, b_bias, scale, PRECISION)  # (BK, BQ)
-                b_weight = weights(b_logit, b_lse[None, :], scale, b_k.dtype)
+                b_weight = at.weights(b_logit, b_lse[None, :], scale, b_k.dtype)
                 b_dlogit = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
                 b_dlogit = b_weight * (b_dlogit - b_delta[None, :])
                 b_dv = tl.dot(b_weight.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)

@@ -61,8 +61,10 @@ def user_configs() -> dict[str, Config]:
 
 
 # Beginning of the architecture's name, bits, extents, the largest dim and window, and the configuration: the first row
-# that covers a problem serves it.  Ranked by paper time, and held to no spills in loops, with benchmarks/aot.py.  Where
-# one block holds all keys of a tile, mask and bias are worked out once for many images.
+# that covers a problem serves it.  Where one block holds all keys of a tile, mask and bias are worked out once for many
+# images.  Held to no spills in loops, and ranked by paper time, with benchmarks/aot.py; windows of up to 49 on sm_9
+# ranked by an H200 (benchmarks/results/tuning.csv).  There fewer warps were faster: instructions of a warp wait for each
+# other more often than for memory, and a warp with a larger share of a tile has more that are independent.
 _SHIPPED = {
     "forward": (
         ("", 16, _DENSE, 64, 64, Config(64, 64, 4, 3)),
@@ -75,13 +77,12 @@ _SHIPPED = {
         ("", 16, _ANY, 32, 128, Config(16, 256, 4, 3, 5)),
         ("", 16, _ANY, 64, 128, Config(16, 256, 8, 3, 2)),
         ("", 16, _ANY, 32, math.inf, Config(32, 64, 4, 2, 2)),
-        ("sm_8", 16, _ANY, 64, math.inf, Config(32, 64, 4, 1, 2)),
-        ("", 16, _ANY, 64, math.inf, Config(32, 64, 4, 2, 2)),
-        ("", 16, _ANY, 128, math.inf, Config(32, 32, 4, 2, 2)),
+        ("gfx", 16, _ANY, 64, math.inf, Config(32, 64, 4, 2, 2)),
+        ("", 16, _ANY, 64, math.inf, Config(32, 64, 4, 1, 2)),
+        ("", 16, _ANY, 128, math.inf, Config(32, 32, 4, 1, 2)),
         ("", 32, _ANY, 32, math.inf, Config(16, 64, 4, 1)),
-        ("sm_8", 32, _ANY, 64, math.inf, Config(16, 32, 4, 1)),
-        ("", 32, _ANY, 64, math.inf, Config(32, 32, 4, 1)),
-        ("", 32, _ANY, 128, math.inf, Config(16, 32, 8, 1)),
+        ("", 32, _ANY, 64, math.inf, Config(32, 32, 8, 1)),
+        ("", 32, _ANY, 128, math.inf, Config(16, 16, 8, 1)),
     ),
     "query": (
         ("", 16, _DENSE, 32, 64, Config(64, 64, 4, 3, 2)),
@@ -92,39 +93,39 @@ _SHIPPED = {
         ("sm_10", 16, _ANY, 64, 128, Config(32, 64, 4, 3, 2)),
         ("", 16, _ANY, 64, 128, Config(16, 256, 8, 3, 2)),
         ("sm_8", 16, _ANY, 32, math.inf, Config(32, 64, 4, 1, 2)),
-        ("sm_10", 16, _ANY, 32, math.inf, Config(32, 64, 4, 1, 2)),
+        ("sm_10", 16, _ANY, 32, math.inf, Config(32, 64, 8, 1, 2)),
         ("sm_9", 16, _ANY, 32, math.inf, Config(32, 32, 4, 2)),
         ("", 16, _ANY, 64, math.inf, Config(32, 64, 4, 2)),
         ("sm_8", 16, _ANY, 128, math.inf, Config(16, 32, 4, 1)),
         ("", 16, _ANY, 128, math.inf, Config(16, 32, 2, 1)),
-        ("sm_9", 32, _ANY, 32, math.inf, Config(32, 32, 4, 2)),
-        ("", 32, _ANY, 64, math.inf, Config(32, 32, 4, 1)),
+        ("gfx", 32, _ANY, 64, math.inf, Config(32, 32, 4, 1)),
+        ("", 32, _ANY, 32, math.inf, Config(16, 32, 8, 1)),
+        ("", 32, _ANY, 64, math.inf, Config(32, 32, 8, 1)),
         ("gfx", 32, _ANY, 128, math.inf, Config(16, 32, 4, 1, 2)),
-        ("sm_9", 32, _ANY, 128, math.inf, Config(32, 16, 4, 1)),
-        ("sm_10", 32, _ANY, 128, math.inf, Config(32, 16, 4, 1)),
-        ("", 32, _ANY, 128, math.inf, Config(32, 32, 8, 1)),
+        ("", 32, _ANY, 128, math.inf, Config(16, 16, 8, 1)),
     ),
     "key": (
         ("sm_9", 16, _HALVES, 32, 64, Config(64, 32, 4, 3, 2, parts=4)),
-        ("sm_9", 16, _ANY, 32, 49, Config(16, 128, 2, 3)),
+        ("sm_9", 16, _ANY, 32, 64, Config(16, 256, 4, 3)),
         ("gfx", 16, _ANY, 64, 128, Config(16, 128, 4, 1)),
         ("sm_8", 16, _ANY, 32, 49, Config(16, 256, 4, 3, 2)),
         ("", 16, _ANY, 32, 49, Config(16, 256, 8, 3, 3)),
-        ("sm_9", 16, _ANY, 32, 64, Config(16, 256, 4, 3)),
         ("sm_10", 16, _ANY, 32, 64, Config(16, 256, 4, 3)),
         ("", 16, _ANY, 32, 64, Config(16, 256, 8, 3, 3)),
         ("", 16, _ANY, 64, 64, Config(16, 256, 8, 3, 2)),
         ("sm_10", 16, _DENSE, 32, 128, Config(16, 128, 4, 3, 3)),
         ("", 16, _DENSE, 32, 128, Config(16, 128, 2, 3)),
         ("", 16, _DENSE, 64, 128, Config(16, 128, 4, 3, 2)),
+        ("sm_8", 16, _ANY, 32, math.inf, Config(32, 32, 4, 1)),
         ("sm_10", 16, _ANY, 32, math.inf, Config(32, 32, 4, 1)),
         ("", 16, _ANY, 32, math.inf, Config(32, 32, 2, 1)),
         ("", 16, _ANY, 64, math.inf, Config(32, 64, 4, 1)),
-        ("", 16, _ANY, 128, math.inf, Config(32, 32, 4, 2)),
-        ("", 32, _ANY, 64, math.inf, Config(32, 32, 4, 1)),
+        ("", 16, _ANY, 128, math.inf, Config(32, 32, 4, 1)),
+        ("gfx", 32, _ANY, 64, math.inf, Config(32, 32, 4, 1)),
+        ("", 32, _ANY, 32, math.inf, Config(16, 32, 8, 1)),
+        ("", 32, _ANY, 64, math.inf, Config(32, 32, 8, 1)),
         ("gfx", 32, _ANY, 128, math.inf, Config(16, 32, 4, 1)),
-        ("sm_9", 32, _ANY, 128, math.inf, Config(16, 16, 4, 1)),
-        ("", 32, _ANY, 128, math.inf, Config(16, 32, 8, 1)),
+        ("", 32, _ANY, 128, math.inf, Config(16, 16, 8, 1)),
     ),
 }
 
@@ -148,6 +149,11 @@ def shipped(problem: ProblemClass) -> Config:
         and problem.dim <= dim
         and problem.window <= window
     )
+
+
+def of_others(problem: ProblemClass) -> list[Config]:
+    """The configurations that the table has for this kernel and size of elements, whatever the rest of the problem."""
+    return [config for _, bits, _, _, _, config in _SHIPPED[problem.kernel] if bits == problem.bits]
 
 
 def next_power_of_two(n: int) -> int:

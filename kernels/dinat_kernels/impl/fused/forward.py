@@ -6,7 +6,7 @@ import triton.language as tl
 from . import positions as at
 from .positions import LOG2E
 
-# Stands for "no key yet" in the running maximum: finite, also times any scale, so that no difference is inf - inf.
+# Stands for "no key yet" in the running maximum: finite, so that no difference is inf - inf.
 LOWEST: tl.constexpr = tl.constexpr(-1.0e30)
 
 
@@ -87,8 +87,6 @@ def forward_kernel(
     if BLOCKS == 1:
         parts = at.key_parts(0, lo, hi, q_pos, m_any, n, dilation, group, p_rpb, scale, WINDOW, BOX, BK, HAS_RPB, WIDE)
 
-    # Logits are kept in units of `scale`, which the exponential applies.
-    scale_log2 = scale * LOG2E
     o_q = at.offsets(q_index, (q_d, q_h, q_w))
     o_out = at.flat(q_index, lengths) * heads
     p_q += i_head * q_head
@@ -114,18 +112,15 @@ def forward_kernel(
                 b_k = at.load(p_k, o_k, i_batch * k_batch, m_k, HEAD_DIM, BD)  # (BK, BD)
                 b_v = at.load(p_v, o_v, i_batch * v_batch, m_k, VALUE_DIM, BV)  # (BK, BV)
                 b_logit = at.logits(b_q, b_k, b_bias, scale, PRECISION)  # (BQ, BK)
-                b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-                if b_q.dtype == tl.float32:  # the difference first: its rounding errors are small where weights are not
-                    b_weight = tl.exp2((b_logit - b_new_max[:, None]) * scale * LOG2E)  # (BQ, BK)
-                else:
-                    b_weight = tl.exp2(b_logit * scale_log2 - (b_new_max * scale_log2)[:, None])
+                b_new_max = tl.maximum(b_max, tl.max(b_logit, 1) * scale)
+                b_weight = at.weights(b_logit, b_new_max[:, None], scale, b_q.dtype)  # (BQ, BK)
                 if BLOCKS > 1 or i_part > 0:
-                    b_decay = tl.exp2((b_max - b_new_max) * scale_log2)
+                    b_decay = tl.exp2((b_max - b_new_max) * LOG2E)
                     b_sum *= b_decay
                     b_out *= b_decay[:, None]
                 b_sum += tl.sum(b_weight, 1)
                 b_out = tl.dot(b_weight.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
                 b_max = b_new_max
-        tl.store(at.pointers(p_lse, o_out, i_out), b_max * scale + tl.log(b_sum), mask=m_q)
-        b_out = b_out * (1 / b_sum)[:, None]
+        tl.store(at.pointers(p_lse, o_out, i_out), b_max + tl.log(b_sum), mask=m_q)
+        b_out *= at.inverse(b_sum, b_q.dtype)[:, None]
         at.store(p_out, o_out * VALUE_DIM, i_out * VALUE_DIM, b_out, m_q, VALUE_DIM, BV)

@@ -251,7 +251,7 @@ def make_plan(
         HAS_RPB=has_rpb,
         SIGN=sign,
         WIDE=max(*map(reach, layouts), batch * math.prod(lengths) * widest) >= 2**31 - 128,
-        PACKED=len(set(map(strides, layouts[:3]))) == 1,
+        PACKED=len(set(map(strides, layouts[:3]))) == 1 and len(set(grad_rows)) <= 1,
         PRECISION=precision,
     )
     if own == "query":

@@ -273,6 +273,22 @@ def logits(a, b, b_bias, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def weights(b_logit, b_shift, scale, dtype: tl.constexpr):
+    """exp(logit - shift) of `logits`, which are in units of `scale`, for inputs of this dtype."""
+    if dtype == tl.float32:  # the difference first: where weights are large it is small, and so are rounding errors
+        return tl.exp2((b_logit * scale - b_shift) * LOG2E)
+    return tl.exp2(b_logit * (scale * LOG2E) - b_shift * LOG2E)
+
+
+@triton.jit
+def inverse(x, dtype: tl.constexpr):
+    """1 / x, for inputs of this dtype."""
+    if dtype == tl.float32:  # a plain division may be off by two units in the last place
+        return tl.div_rn(1.0, x)
+    return 1 / x
+
+
+@triton.jit
 def key_parts(
     i_block,
     lo,
