@@ -292,7 +292,8 @@ def models(report: Report, seconds: float) -> None:
     jobs += [("compiled", "inference", few), ("compiled", "training", few)]  # what takes long comes last
     size = ["--batch", str(BATCH)]
     if report.dry:
-        jobs, size = [("eager", "inference", ["dinat_pico"])], ["--batch", "1", "--sizes", "32"]
+        jobs, size = [("eager", of_pass, ["dinat_pico"]) for of_pass in ("inference", "training")], ["--batch", "1"]
+        size += ["--sizes", "32"]
     for mode, of_pass, names in jobs:
         model_speed.main([*common, *size, "--seconds", "0", "--modes", mode, "--passes", of_pass, "--models", *names])
 

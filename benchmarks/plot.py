@@ -170,7 +170,8 @@ def draw_paper(aot: list[Row]) -> Figure:
     axes[0].set_ylabel("µs, batch 128, bf16")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle(
-        "An estimate from compiled code for an H200; only the rate of L2 was measured. Numbers: floor / estimate.", fontsize=10
+        "An estimate from compiled code for an H200; only the rate of L2 was measured. Numbers: floor / estimate.",
+        fontsize=10,
     )
     return figure
 

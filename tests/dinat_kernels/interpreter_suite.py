@@ -13,6 +13,7 @@ from dinat_kernels.functional import attend
 from dinat_kernels.geometry import Neighborhood, make_neighborhood
 from dinat_kernels.impl import fused
 from dinat_kernels.impl.fused import configs
+from dinat_kernels.impl.layout import Call, layout_of
 from safetensors.torch import load_file
 from torch.autograd import forward_ad
 
@@ -428,6 +429,35 @@ def test_candidates(kernel, extent):
     assert shipped._replace(programs=2 * shipped.programs) in others
     for arch in ("sm_80", "sm_100", "gfx942"):
         assert configs.shipped(problem._replace(arch=arch)) in (shipped, *others)
+
+
+@pytest.mark.parametrize("kind", ["fewer key heads", "wider values", "a key from elsewhere"])
+def test_strides_of_query_key_and_value_differ(kind):
+    kv_heads, value_dim = 2 if kind == "fewer key heads" else 4, 16 if kind == "wider values" else 8
+    q, k, v = torch.randn(2, 6, 7, 4, 8), torch.randn(2, 6, 7, kv_heads, 8), torch.randn(2, 6, 7, kv_heads, value_dim)
+    if kind == "a key from elsewhere":
+        k = torch.randn(2, 6, 7, 5, 4, 8)[:, :, :, 2]
+    inputs = [x.requires_grad_() for x in (q, k, v, torch.randn(4, 5, 5))]
+    d_out = torch.randn(2, 6, 7, 4, value_dim)
+    found = []
+    for backend in ("triton", "reference"):
+        out = na2d(*inputs[:3], 3, rpb=inputs[3], backend=backend)
+        found.append([out, *torch.autograd.grad(out, inputs, d_out)])
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_may_lie_apart():
+    """Where query, key and value lie beside each other, of which the latter have fewer heads."""
+    packed = torch.randn(2, 6, 7, 64).split((32, 16, 16), -1)
+    inputs = [x.unflatten(-1, (-1, 8)).requires_grad_() for x in packed]
+    call = Call(*map(layout_of, inputs), None, make_neighborhood(2, 3), 0.3, True, None)
+    with torch.no_grad():
+        out, lse = fused.prepare(call)(*inputs, None)
+        d_out, grads = torch.randn(out.shape), [torch.empty(x.shape) for x in inputs]
+        backward = fused.prepare_backward(call, layout_of(d_out), False, list(map(layout_of, grads)))
+        backward(d_out, None, *inputs, None, out, lse, grads)
+    expected = torch.autograd.grad(na2d(*inputs, 3, scale=0.3, backend="reference"), inputs, d_out)
+    torch.testing.assert_close(grads, list(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_kernels_one_by_one_are_the_passes():

@@ -63,8 +63,8 @@ def user_configs() -> dict[str, Config]:
 # Beginning of the architecture's name, bits, extents, the largest dim and window, and the configuration: the first row
 # that covers a problem serves it.  Where one block holds all keys of a tile, mask and bias are worked out once for many
 # images.  Held to no spills in loops, and ranked by paper time, with benchmarks/aot.py; windows of up to 49 on sm_9
-# ranked by an H200 (benchmarks/results/tuning.csv).  There fewer warps were faster: instructions of a warp wait for each
-# other more often than for memory, and a warp with a larger share of a tile has more that are independent.
+# ranked by an H200 (benchmarks/results/tuning.csv).  There fewer warps were faster: instructions wait for each other
+# more often than for memory, and a warp with a larger share of a tile has more that are independent.
 _SHIPPED = {
     "forward": (
         ("", 16, _DENSE, 64, 64, Config(64, 64, 4, 3)),
