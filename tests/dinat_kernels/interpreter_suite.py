@@ -447,13 +447,13 @@ def test_strides_of_query_key_and_value_differ(kind):
 
 
 def test_gradients_may_lie_apart():
-    """Where query, key and value lie beside each other, of which the latter have fewer heads."""
-    packed = torch.randn(2, 6, 7, 64).split((32, 16, 16), -1)
-    inputs = [x.unflatten(-1, (-1, 8)).requires_grad_() for x in packed]
+    """Each in rows of its own length, where query, key and value lie beside each other."""
+    inputs = [x.requires_grad_() for x in torch.randn(2, 6, 7, 3, 4, 8).unbind(3)]
     call = Call(*map(layout_of, inputs), None, make_neighborhood(2, 3), 0.3, True, None)
     with torch.no_grad():
         out, lse = fused.prepare(call)(*inputs, None)
-        d_out, grads = torch.randn(out.shape), [torch.empty(x.shape) for x in inputs]
+        d_out = torch.randn(out.shape)
+        grads = [torch.empty(2, 6, 7, rows, 4, 8)[..., -1, :, :] for rows in (1, 2, 3)]
         backward = fused.prepare_backward(call, layout_of(d_out), False, list(map(layout_of, grads)))
         backward(d_out, None, *inputs, None, out, lse, grads)
     expected = torch.autograd.grad(na2d(*inputs, 3, scale=0.3, backend="reference"), inputs, d_out)
