@@ -475,7 +475,7 @@ def kernel_lines(report: Report, rates: dict[str, float | None]) -> list[str]:
             us = float(row["us"])
             shares = {
                 "DRAM": 1e6 * float(row["dram_bytes"]) / rates["copy"] / us,
-                "L2": 1e6 * float(row["l2_bytes"]) / max(rates["l2_plain"], rates["l2_async"]) / us,
+                "L2": 1e6 * float(row["l2_bytes"]) / rates["l2_async"] / us,
                 "issue": float(row["issue_us"]) / us,
                 "exp2": float(row["exp2_us"]) / us,
             }

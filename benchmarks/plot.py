@@ -176,7 +176,8 @@ def draw_paper(aot: list[Row]) -> Figure:
     return figure
 
 
-PASSES = {"forward": (("forward", BLUE),), "backward": (("query", BLUE), ("rpb", "#56b4e9"), ("key", "#e69f00"))}
+KERNELS = {"forward": ["forward"], "backward": ["query", "rpb", "key"]}
+COLORS = {"forward": BLUE, "query": BLUE, "rpb": "#56b4e9", "key": "#e69f00"}
 
 
 def draw_kernels(kernels: list[Row]) -> Figure:
@@ -184,12 +185,12 @@ def draw_kernels(kernels: list[Row]) -> Figure:
     problems = [p for p in MODELS["dinat_tiny"] if any(row["name"] == p.name for row in kernels)]
     found = last(kernels, "name", "kernel")
     figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    for axis, (mode, parts) in zip(axes, PASSES.items(), strict=True):
+    for axis, (mode, names) in zip(axes, KERNELS.items(), strict=True):
         for x, p in enumerate(problems):
             total, rows = 0.0, []
-            for kernel, color in parts:
+            for kernel in names:
                 if row := found.get((p.name, kernel)):
-                    axis.bar(x, float(row["us"]), 0.6, bottom=total, color=color)
+                    axis.bar(x, float(row["us"]), 0.6, bottom=total, color=COLORS[kernel])
                     total += float(row["us"])
                     rows.append(row)
             ratio, estimate = float(rows[0]["floor_ratio"]), sum(float(row["time_us"]) for row in rows)
@@ -200,13 +201,13 @@ def draw_kernels(kernels: list[Row]) -> Figure:
         axis.set_title(f"{mode} pass", fontsize=10)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("µs, batch 128")
-    labels = {"forward, query": BLUE, "key": "#e69f00"}
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=label) for label, color in labels.items()]
+    shown = [kernel for kernel in COLORS if any(row["kernel"] == kernel for row in kernels)]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[kernel], label=kernel) for kernel in shown]
     handles += [
         plt.Line2D([], [], color="black", linestyle=":", label="floor"),
         plt.Line2D([], [], color="black", linestyle="--", label="estimate"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle(f"Kernels of DiNAT-Tiny: {machine(kernels[-1])}. Numbers: floor / measured.", fontsize=10)
     return figure
 

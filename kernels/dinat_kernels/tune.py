@@ -2,8 +2,7 @@
 
 Times the Triton kernels, each alone, on layers like those of the published models, and writes the fastest configuration
 of every class of problems to `impl.fused.configs.cache_file()`, one after the other.  From then on they are used
-instead of the shipped ones.  Opt-in: tune once, and give the same file to all
-ranks (DINAT_TUNE_FILE).
+instead of the shipped ones.  Opt-in: tune once, and give the same file to all ranks (DINAT_TUNE_FILE).
 """
 
 from __future__ import annotations
@@ -55,7 +54,10 @@ class Layer(NamedTuple):
 
 
 def layers(kernel_size: int = 7, head_dim: int = 32, dtype: torch.dtype = torch.bfloat16) -> list[Layer]:
-    """One layer of a kind: dense groups, windows in a map of eight, and in one of two, on every axis."""
+    """A layer for each extent of `impl.fused.configs.Extent`.
+
+    Maps of 8 x 8 windows, first with dilation 8, so that groups are single windows, then with 1; and a map of 2 x 2.
+    """
     kinds = ((8, 8, 2), (8, 1, 2), (2, 1, 8))
     return [Layer(windows * kernel_size, kernel_size, d, heads, head_dim, dtype) for windows, d, heads in kinds]
 
