@@ -250,7 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
     def of(name: str, device: str | None, gpu: bool) -> list[Row]:
         """Rows of one machine; only a GPU has a driver."""
         device = device or next(row["device"] for row in reversed(tables["operator"]) if bool(row["driver"]) == gpu)
-        return [row for row in tables[name] if device in row["device"]]
+        rows = [row for row in tables[name] if device in row["device"]]
+        return rows or parser.error(f"{args.results / f'{name}.csv'} has no row of a machine named {device!r}")
 
     operator, models, scale = (of(name, args.cpu, gpu=False) for name in ("operator", "models", "scale"))
     operator_gpu, kernels = (of(name, args.gpu, gpu=True) for name in ("operator", "kernels"))
